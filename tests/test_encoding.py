@@ -1,0 +1,121 @@
+import struct
+
+import pytest
+from support import Server
+from wav import PCM, UNKNOWN, chunk, decoded, gsm, info, noise, recoded, tags, wav
+
+MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+
+
+@pytest.mark.parametrize("extensible", [False, True])
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("encoding", PCM)
+def test_pcm_is_converted_exactly(
+    server: Server, encoding: str, channels: int, extensible: bool
+) -> None:
+    content = wav(5555, encoding=encoding, channels=channels, extensible=extensible)
+    mp3 = server.convert(content)
+    assert b"Xing" in mp3[:1000]  # says how long it is and what to leave out
+    sound = decoded(mp3)
+    assert (sound.rate, sound.channels, len(sound.samples)) == (44100, min(channels, 2), 5555)
+    assert sound.resembles_the_sine()
+
+
+@pytest.mark.parametrize("rate", MP3_RATES)
+def test_rate_of_mp3_is_kept(server: Server, rate: int) -> None:
+    sound = decoded(server.convert(wav(rate // 3, rate=rate)))
+    assert (sound.rate, len(sound.samples)) == (rate, rate // 3)
+    assert sound.resembles_the_sine()
+
+
+@pytest.mark.parametrize("rate", [8001, 10000, 14700, 37800, 64000, 88200, 96000, 176400, 192000])
+def test_other_rate_is_resampled_to_the_same_duration(server: Server, rate: int) -> None:
+    sound = decoded(server.convert(wav(rate // 3, rate=rate)))
+    assert sound.rate in MP3_RATES
+    # In units of 1 / (rate * sound.rate) seconds: at most one sample of the new rate.
+    assert abs(len(sound.samples) * rate - rate // 3 * sound.rate) <= rate
+    assert sound.resembles_the_sine()
+
+
+# An MP3 frame has 1152 samples, or 576 at low rates.
+@pytest.mark.parametrize("rate", [22050, 44100])
+@pytest.mark.parametrize(
+    "samples", [1, 2, 46, 47, 48, 575, 576, 577, 1105, 1151, 1152, 1153, 11521, 11566, 11567]
+)
+def test_any_number_of_samples_is_kept(server: Server, rate: int, samples: int) -> None:
+    assert len(decoded(server.convert(wav(samples, rate=rate))).samples) == samples
+
+
+def test_long_noise_is_converted_exactly(server: Server) -> None:
+    assert len(decoded(server.convert(noise(8_000_000))).samples) == 2_000_000
+
+
+@pytest.mark.parametrize("rate", [8000, 44100])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("codec", ["pcm_alaw", "pcm_mulaw"])
+def test_g711_is_converted_exactly(server: Server, codec: str, channels: int, rate: int) -> None:
+    content = recoded(wav(5555, rate=rate, channels=channels), codec)
+    sound = decoded(server.convert(content))
+    assert (sound.rate, sound.channels, len(sound.samples)) == (rate, channels, 5555)
+    assert sound.resembles_the_sine()
+
+
+# Samples that fill 10 blocks of the 1024 bytes that ffmpeg makes.
+@pytest.mark.parametrize(
+    "codec, channels, samples",
+    [
+        ("adpcm_ms", 1, 20360),
+        ("adpcm_ms", 2, 10120),
+        ("adpcm_ima_wav", 1, 20410),
+        ("adpcm_ima_wav", 2, 10170),
+    ],
+)
+def test_adpcm_is_converted_exactly(
+    server: Server, codec: str, channels: int, samples: int
+) -> None:
+    content = recoded(wav(samples, rate=22050, channels=channels), codec)
+    sound = decoded(server.convert(content))
+    assert (sound.rate, sound.channels, len(sound.samples)) == (22050, channels, samples)
+    assert sound.resembles_the_sine()
+
+
+def test_gsm_is_converted_exactly(server: Server) -> None:
+    sound = decoded(server.convert(gsm(50)))
+    assert (sound.rate, sound.channels, len(sound.samples)) == (8000, 1, 16000)
+    assert any(sound.samples)
+
+
+def riff_size(size: int) -> bytes:
+    return b"RIFF" + struct.pack("<I", size)
+
+
+ODD = chunk(b"junk", b"odd")
+RECORDING = wav(5555, encoding="u8")
+LAYOUTS = {
+    "size 0": wav(5555, declared=0),
+    "size unknown": wav(5555, declared=UNKNOWN),
+    "sizes of an empty file": riff_size(36) + RECORDING[8:40] + bytes(4) + RECORDING[44:-1],
+    "file size 0": riff_size(0) + RECORDING[8:],
+    "without the last padding": RECORDING[:-1],
+    "chunks before": wav(5555, before=ODD + info(INAM="odd") + chunk(b"bext", bytes(70_000))),
+    "chunks after": wav(5555, after=info(INAM="odd") + ODD),
+    "chunks after odd data": wav(5555, encoding="u8", after=ODD + info(INAM="even")),
+    "half a chunk after": wav(5555, after=ODD[:6]),
+    "rf64": wav(5555, form=b"RF64"),
+    "rf64, chunks": wav(5555, form=b"RF64", before=ODD, after=ODD),
+    "bw64": wav(5555, form=b"BW64"),
+}
+
+
+@pytest.mark.parametrize("content", LAYOUTS.values(), ids=LAYOUTS)
+def test_layout_of_the_file_does_not_matter(server: Server, content: bytes) -> None:
+    sound = decoded(server.convert(content))
+    assert len(sound.samples) == 5555
+    assert sound.resembles_the_sine()
+
+
+def test_tags_are_kept(server: Server) -> None:
+    content = wav(before=info(INAM="Título", IART="Bob", ICRD="2024", ICMT="Good; bad = ugly"))
+    assert {"title": "Título", "artist": "Bob", "date": "2024"}.items() <= tags(
+        server.convert(content)
+    ).items()

@@ -1,0 +1,127 @@
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import StartServer
+from support import ROOT, SERVICE, UVICORN, Postgres, Server, query
+from wav import decoded, wav
+
+UVICORN_SERVICE = (*UVICORN, "--app-dir", str(ROOT), "service:app")
+
+
+# With a database of one's own
+
+
+def test_servers_that_start_together_share_an_empty_database(
+    postgres: Postgres, start_server: StartServer
+) -> None:
+    database_url = postgres.create_database()
+    servers = [start_server(DATABASE_URL=database_url) for _ in range(4)]
+    users = [server.register() for server in servers]
+    assert len({user.id for user in users}) == 4
+    link = servers[0].upload(users[3], wav()).json()["URL for download"]
+    for server in servers:
+        mp3 = server.http.get(link.replace(servers[0].url, server.url)).content
+        assert len(decoded(mp3).samples) == 11025
+
+
+def test_starting_again_changes_nothing(postgres: Postgres, start_server: StartServer) -> None:
+    def content() -> list[object]:
+        tables = (query(database_url, f"SELECT * FROM {table}") for table in ("users", "records"))
+        return [postgres.schema(database_url), *tables]
+
+    database_url = postgres.create_database()
+    server = start_server(DATABASE_URL=database_url)
+    server.upload(server.register(), wav())
+    before = content()
+    assert start_server(DATABASE_URL=database_url).register()
+    query(database_url, "DELETE FROM users WHERE id_user > 1")
+    assert content() == before
+
+
+def test_schema_stores_mp3_for_slices_and_times_with_their_zone(server: Server) -> None:
+    sql = """
+        SELECT attname, attstorage, atttypid::regtype::text AS type
+        FROM pg_attribute
+        WHERE attrelid IN ('users'::regclass, 'records'::regclass) AND attnum > 0
+    """
+    columns = query(server.database_url, sql)
+    assert [column["attstorage"] for column in columns if column["attname"] == "mp3"] == [b"e"]
+    times = {column["type"] for column in columns if column["type"].startswith("time")}
+    assert times == {"timestamp with time zone"}
+
+
+# With the embedded PostgreSQL
+
+
+def processes_in(directory: Path) -> list[psutil.Process]:
+    """The processes that work in directory, as PostgreSQL does in that of its data."""
+    return [
+        process
+        for process in psutil.process_iter(["cwd"])
+        if Path(process.info["cwd"] or "/").is_relative_to(directory)
+    ]
+
+
+@pytest.fixture
+def data_dir() -> Iterator[Path]:
+    # The path of a Unix socket, which the data directory has, must be short.
+    directory = Path(tempfile.mkdtemp(prefix="data-")).resolve()
+    yield directory
+    for process in processes_in(directory):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize(
+    "command, sent", [(SERVICE, signal.SIGINT), (UVICORN_SERVICE, signal.SIGTERM)]
+)
+def test_embedded_postgresql_keeps_its_data_and_no_process(
+    data_dir: Path, tmp_path: Path, command: Sequence[str], sent: signal.Signals
+) -> None:
+    with Server({"DATA_DIR": str(data_dir)}, command, cwd=tmp_path) as server:
+        link = server.upload(server.register(), wav()).json()["URL for download"]
+        assert processes_in(data_dir)
+        server.stop(sent)
+        assert not processes_in(data_dir)
+    with Server({"DATA_DIR": str(data_dir)}, command, cwd=tmp_path) as again:
+        mp3 = again.http.get(link.replace(server.url, again.url)).content
+        assert len(decoded(mp3).samples) == 11025
+        again.stop(sent)
+        assert not processes_in(data_dir)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_leaves_no_process_after_an_earlier_kill(data_dir: Path) -> None:
+    with Server({"DATA_DIR": str(data_dir)}) as killed:
+        user = killed.register()
+        killed.process.kill()
+        killed.process.wait()
+    with Server({"DATA_DIR": str(data_dir)}) as server:
+        assert server.upload(user, wav()).status_code == 201
+        server.stop(signal.SIGINT)
+    assert not processes_in(data_dir)
+
+
+def test_servers_that_start_together_share_an_embedded_postgresql(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    settings = {"DATA_DIR": str(data_dir), "XDG_RUNTIME_DIR": str(tmp_path)}  # of one user
+    with Server(settings) as first, Server(settings) as second:
+        user = first.register()
+        assert second.upload(user, wav()).status_code == 201
+        first.stop(signal.SIGINT)
+        assert second.upload(user, wav()).status_code == 201
+    assert not processes_in(data_dir)
+
+
+def test_start_says_where_it_listens_and_where_the_data_is(data_dir: Path) -> None:
+    with Server({"DATA_DIR": str(data_dir)}) as server:
+        assert server.url in server.log
+        assert str(data_dir) in server.log
