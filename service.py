@@ -130,6 +130,7 @@ CPU_BYTES = 100_000  # least WAV encoded in a second of CPU: GSM 6.10 makes a mi
 SLICE_BYTES = 256 << 10  # of a download in memory
 CONNECTIONS = 10
 QUERY_SECONDS = 60
+CLOSE_SECONDS = 5
 RETRY_PAUSES = (0.1, 1.0)  # before another try where the database went away
 RETRY_AFTER = {"Retry-After": "5"}
 LINGER_SECONDS = 10  # for a client to notice an answer that came before the end of its body
@@ -217,6 +218,8 @@ async def retried(query: Callable[..., Awaitable[T]], *args: object) -> T:
     for pause in RETRY_PAUSES:
         try:
             return await query(*args)
+        except TimeoutError:
+            raise  # it hangs, and would again
         except DATABASE_DOWN as error:
             logger.warning("The database went away, trying again: %r", error)
             await asyncio.sleep(pause)
@@ -377,6 +380,10 @@ class Form:
         self._parts = 0
         self._chunks: list[memoryview] = []
         self._complete = False
+
+    @property
+    def has_credentials(self) -> bool:
+        return len(self.texts) == 2
 
     async def file(self) -> AsyncGenerator[memoryview, None]:
         """Yield the bytes of file_wav as they arrive; after them the texts are complete."""
@@ -563,17 +570,20 @@ class Encoder:
 
     @classmethod
     async def start(cls, ffmpeg: str, wav: BinaryIO | None = None) -> "Encoder":
-        """Start ffmpeg on wav, or on what will be written. Raises OSError."""
+        """Start ffmpeg on wav, or on what will be written. Raises EncoderFailure and OSError."""
         with ExitStack() as stack:
             mp3, log = stack.enter_context(TemporaryFile()), stack.enter_context(TemporaryFile())
-            process = await asyncio.create_subprocess_exec(
-                *(ffmpeg, *ARGUMENTS),
-                stdin=wav or PIPE,
-                stdout=mp3,
-                stderr=log,
-                env={"LC_ALL": "C"},
-                start_new_session=True,  # Ctrl-C is for the service, which finishes its uploads
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *(ffmpeg, *ARGUMENTS),
+                    stdin=wav or PIPE,
+                    stdout=mp3,
+                    stderr=log,
+                    env={"LC_ALL": "C"},
+                    start_new_session=True,  # Ctrl-C is for the service, which ends its uploads
+                )
+            except OSError as error:
+                raise EncoderFailure(f"it cannot be started: {error}") from error
             os.setpriority(os.PRIO_PROCESS, process.pid, 19)  # downloads come first
             stack.pop_all()
         return cls(process, mp3, log)
@@ -739,7 +749,7 @@ class Running:
         """Return the encoder that was started ahead, which saves time, and start the next."""
         taken, self.spare = self.spare, asyncio.create_task(Encoder.start(self.ffmpeg))
         if taken:
-            with suppress(OSError):
+            with suppress(OSError, EncoderFailure):
                 encoder = await taken
                 if encoder.process.returncode is None:
                     return encoder
@@ -748,8 +758,14 @@ class Running:
 
     async def close_spare(self) -> None:
         if self.spare:
-            with suppress(OSError):
+            with suppress(OSError, EncoderFailure):
                 await (await self.spare).close()
+
+
+async def close_pool(pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+    with suppress(TimeoutError):  # a pool is terminated where its closing is
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await pool.close()
 
 
 async def start(app: Starlette) -> Running:
@@ -767,7 +783,8 @@ async def start(app: Starlette) -> Running:
             pool = asyncpg.create_pool(
                 url, min_size=1, max_size=CONNECTIONS, command_timeout=QUERY_SECONDS
             )
-            await stack.enter_async_context(pool)
+            stack.push_async_callback(close_pool, pool)
+            await pool
         await pool.execute((HERE / "db.sql").read_text())
         running = Running(pool, ffmpeg, asyncio.Semaphore(MAX_ENCODERS), stack.pop_all())
     running.stack.push_async_callback(running.close_spare)
@@ -892,6 +909,8 @@ async def upload(request: Request) -> Response:
     if key is not None and not 1 <= len(key) <= 255:
         raise HTTPException(422, "The Idempotency-Key must have 1 to 255 characters.")
     form, wav, wav_sha256 = Form(request), Wav(), hashlib.sha256()
+    size = whole_number(request.headers.get("content-length", "")) or MAX_UPLOAD_BYTES
+    id_user = await authenticate(request, **form.texts) if form.has_credentials else None
     running = await state(request)
     async with running.turn(), AsyncExitStack() as stack:
         encoder = waiting = None
@@ -900,11 +919,10 @@ async def upload(request: Request) -> Response:
                 wav.feed(chunk)
                 if key:
                     wav_sha256.update(chunk)
-                if encoder is waiting is None:
-                    if len(form.texts) == 2:
-                        id_user = await authenticate(request, **form.texts)
-                        lent = running.encoder(MAX_UPLOAD_BYTES)
-                        encoder = await stack.enter_async_context(lent)
+                if not encoder and not waiting:
+                    if form.has_credentials:
+                        id_user = id_user or await authenticate(request, **form.texts)
+                        encoder = await stack.enter_async_context(running.encoder(size))
                     else:  # the file comes first: it waits for the credentials
                         waiting = stack.enter_context(TemporaryFile())
                 if encoder:
@@ -912,8 +930,7 @@ async def upload(request: Request) -> Response:
                 elif waiting:
                     await asyncio.to_thread(waiting.write, chunk)
         received = clock()
-        if not encoder:
-            id_user = await authenticate(request, **form.texts)
+        id_user = id_user or await authenticate(request, **form.texts)
         wav.check()
         if waiting:
             waiting.seek(0)
@@ -1245,8 +1262,11 @@ async def probe(database_url: str) -> None:
 
 if __name__ == "__main__":
     log_config = uvicorn.config.LOGGING_CONFIG
+    log_config["loggers"]["python_multipart"] = {"level": "ERROR"}  # clients' mistakes
     log_config["loggers"]["service"] = {"handlers": ["default"], "level": "INFO"}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its end
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 1 << 16), most))
     if DATABASE_URL:
         asyncio.run(probe(DATABASE_URL))
     server = Server(uvicorn.Config(app, HOST, PORT, timeout_graceful_shutdown=GRACE_SECONDS))

@@ -8,7 +8,6 @@ from conftest import StartServer
 from support import ROOT
 from wav import decoded
 
-
 # Not every machine has it, and it is not what is tested.
 UUIDGEN = f"uuidgen() {{ {sys.executable} -c 'import uuid; print(uuid.uuid4())'; }}\n"
 
