@@ -10,7 +10,7 @@
 
 An upload runs from the socket through the multipart parser and a pipe into ffmpeg, which writes
 into an unnamed temporary file. Each part takes the next chunk when it has passed on the last one,
-so the client is held back by TCP and memory stays flat. One INSERT stores the finished MP3; nothing
+so the client is held back by TCP and memory stays flat. One COPY stores the finished MP3; nothing
 is stored before it and nothing is answered until it is committed. A download reads slices of the
 column, each with a connection of its own.
 
@@ -24,7 +24,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import mmap
 import os
 import re
 import resource
@@ -63,7 +62,7 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE
 from tempfile import TemporaryFile
 from types import FrameType
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 from urllib.parse import quote, urlencode
 
 import asyncpg
@@ -158,14 +157,15 @@ FROM users
 WHERE token_sha256 = $1
 """
 
-# A conflict returns the record that is there already, unchanged.
-INSERT_RECORD = """
-INSERT INTO records
-    (id_user, id_record, idempotency_key, wav_sha256, filename, size, sha256, duration, mp3)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
-ON CONFLICT (id_user, idempotency_key) DO UPDATE
-SET idempotency_key = excluded.idempotency_key
-RETURNING id_record, wav_sha256
+COPY_COLUMNS = (
+    *("id_user", "id_record", "idempotency_key", "wav_sha256"),
+    *("filename", "size", "sha256", "duration", "mp3"),
+)
+
+SELECT_KEY = """
+SELECT id_record, wav_sha256
+FROM records
+WHERE id_user = $1 AND idempotency_key = $2
 """
 
 # Metadata, and the first $3 bytes: with none of them the mp3 column is not read.
@@ -580,7 +580,9 @@ class Encoder:
                     stdout=mp3,
                     stderr=log,
                     env={"LC_ALL": "C"},
-                    start_new_session=True,  # Ctrl-C is for the service, which ends its uploads
+                    # Ctrl-C is for the service, which finishes its uploads, and not for this group.
+                    # In a session of its own Linux would not compare its priority with others.
+                    preexec_fn=os.setpgrp,
                 )
             except OSError as error:
                 raise EncoderFailure(f"it cannot be started: {error}") from error
@@ -650,34 +652,49 @@ class Encoder:
         await self.process.wait()
 
 
-def correct_padding(mp3: mmap.mmap, samples: int) -> float:
-    """Make an MP3 play exactly its samples, and return their duration in seconds.
+class Mp3(NamedTuple):
+    file: BinaryIO
+    size: int  # bytes
+    sha256: bytes
+    duration: float  # seconds
+
+
+def complete(file: BinaryIO, samples: int) -> Mp3:
+    """Make an MP3 play exactly its samples, and measure it. Blocks.
 
     Decoders cut off the delay and the padding that the first frame states ("Mp3 info tag revision
     1", gabriel.mp3-tech.org/mp3infotag.html). ffmpeg states one frame of padding at the most, which
-    is up to 46 samples too few for one length in 25. Raises ValueError where mp3 has no such frame.
+    is up to 46 samples too few for one length in 25. Raises EncoderFailure where there is no tag.
     """
+    file.seek(0)
+    id3 = file.read(10)
     start = 0
-    if mp3[:3] == b"ID3":  # its size has seven bits a byte (ID3v2.4 section 3.1)
-        digits = zip(mp3[6:10], (21, 14, 7, 0), strict=True)
-        start = 10 + sum(byte << shift for byte, shift in digits)
-    header = int.from_bytes(mp3[start : start + 4])
+    if id3[:3] == b"ID3":  # its size has seven bits a byte (ID3v2.4 section 3.1)
+        start = 10 + sum(id3[9 - place] << 7 * place for place in range(4))
+    file.seek(start)
+    frame = bytearray(file.read(192))
+    header = int.from_bytes(frame[:4])
     version, mono = header >> 19 & 3, header >> 6 & 3 == 3  # version 3 is MPEG-1, 0 is MPEG-2.5
-    tag = start + 4 + ((17 if mono else 32) if version == 3 else (9 if mono else 17))
-    if header >> 21 != 0x7FF or mp3[tag : tag + 4] not in (b"Xing", b"Info"):
-        raise ValueError("no info tag")
-    frames = int.from_bytes(mp3[tag + 8 : tag + 12])
-    delay = int.from_bytes(mp3[tag + 141 : tag + 144]) >> 12
+    tag = 4 + ((17 if mono else 32) if version == 3 else (9 if mono else 17))
+    if not frame.startswith((b"Xing", b"Info"), tag):
+        raise EncoderFailure("it wrote no info tag")
+    frames = int.from_bytes(frame[tag + 8 : tag + 12])
+    delay = int.from_bytes(frame[tag + 141 : tag + 144]) >> 12
     padding = frames * (1152 if version == 3 else 576) - delay - samples
-    mp3[tag + 141 : tag + 144] = (delay << 12 | padding).to_bytes(3)
+    frame[tag + 141 : tag + 144] = (delay << 12 | padding).to_bytes(3)
     crc = 0  # CRC-16/ARC of all that comes before it
-    for byte in mp3[start : tag + 154]:
+    for byte in frame[: tag + 154]:
         crc ^= byte
         for _ in range(8):
             crc = crc >> 1 ^ (0xA001 if crc & 1 else 0)
-    mp3[tag + 154 : tag + 156] = crc.to_bytes(2)
+    frame[tag + 154 : tag + 156] = crc.to_bytes(2)
+    file.seek(start)
+    file.write(frame)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    sha256 = hashlib.file_digest(file, "sha256").digest()  # type: ignore[arg-type]
     rate = (44100, 48000, 32000)[header >> 10 & 3] >> (4 - version) // 2
-    return samples / rate
+    return Mp3(file, size, sha256, samples / rate)
 
 
 # Application state -------------------------------------------------------------------------------
@@ -877,6 +894,55 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         gone.cancel()
 
 
+async def store(
+    pool: "asyncpg.Pool[asyncpg.Record]",
+    id_user: int,
+    key: str | None,
+    wav_sha256: bytes | None,
+    filename: str,
+    mp3: Mp3,
+) -> uuid.UUID:
+    """Store an MP3 in one statement and return its id, or the id of the upload with the same key.
+
+    COPY streams the file into the column; an INSERT would hold three times its size in memory.
+    Raises HTTPException 422 where key was used with another WAV.
+    """
+    id_record = uuid.uuid4()
+    key = key or str(id_record)  # so that a retry after a lost answer finds what it stored
+    row = (
+        *(id_user.to_bytes(8), id_record.bytes, key.encode(), wav_sha256, filename.encode()),
+        *(mp3.size.to_bytes(4), mp3.sha256, struct.pack("!d", mp3.duration)),
+    )
+
+    async def binary_copy() -> AsyncIterator[bytes]:
+        """Yield the row as PostgreSQL's documentation of COPY has it under "Binary Format"."""
+        head = b"PGCOPY\n\xff\r\n\0" + bytes(8) + len(COPY_COLUMNS).to_bytes(2)
+        for value in row:
+            head += b"\xff" * 4 if value is None else len(value).to_bytes(4) + value
+        yield head + mp3.size.to_bytes(4)
+        for offset in range(0, mp3.size, SLICE_BYTES):
+            yield await asyncio.to_thread(os.pread, mp3.file.fileno(), SLICE_BYTES, offset)
+        yield b"\xff\xff"
+
+    async def copy_once() -> uuid.UUID:
+        while True:
+            try:
+                source = binary_copy()
+                await pool.copy_to_table(
+                    "records", source=source, columns=COPY_COLUMNS, format="binary"
+                )
+                return id_record
+            except asyncpg.UniqueViolationError:
+                if not (stored := await pool.fetchrow(SELECT_KEY, id_user, key)):
+                    continue  # deleted meanwhile
+                if stored["wav_sha256"] != wav_sha256:
+                    detail = "This Idempotency-Key was used with another file. Take a new one."
+                    raise HTTPException(422, detail) from None
+                return uuid.UUID(bytes=stored["id_record"].bytes)
+
+    return await retried(copy_once)
+
+
 async def register(request: Request) -> Response:
     """Create a user. The body is JSON whatever its Content-Type says: curl -d calls it a form."""
     body = b"".join([chunk async for chunk in read_body(request, JSON_BYTES)])
@@ -938,24 +1004,15 @@ async def upload(request: Request) -> Response:
         assert encoder  # since the WAV has audio
         samples = await unless_gone(request, encoder.finish())
         encoded = clock()
-        mp3 = stack.enter_context(mmap.mmap(encoder.mp3.fileno(), 0))
-        duration = correct_padding(mp3, samples)
-        sha256 = await asyncio.to_thread(lambda: hashlib.sha256(mp3).digest())
-        id_record, size = uuid.uuid4(), len(mp3)
+        mp3 = await asyncio.to_thread(complete, encoder.mp3, samples)
         digest = wav_sha256.digest() if key else None
-        row = (id_user, id_record, key or str(id_record), digest, form.filename)
-        stored = await retried(
-            running.pool.fetchrow, INSERT_RECORD, *row, size, sha256, duration, mp3
-        )
-    assert stored
-    if stored["wav_sha256"] != digest:
-        raise HTTPException(422, "This Idempotency-Key was used with another file. Take a new one.")
+        id_record = await store(running.pool, id_user, key, digest, form.filename, mp3)
     times = {"receive": received - began, "encode": encoded - received, "store": clock() - encoded}
     logger.info(
         "Record %s: %d bytes of WAV, %d bytes of MP3, %.2f s of audio in %.3f s",
-        *(stored["id_record"], wav.received, size, duration, sum(times.values())),
+        *(id_record, wav.received, mp3.size, mp3.duration, sum(times.values())),
     )
-    url = download_url(request, stored["id_record"], id_user)
+    url = download_url(request, id_record, id_user)
     timing = ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in times.items())
     return JSONResponse({"URL for download": url}, 201, {"Location": url, "Server-Timing": timing})
 
