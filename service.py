@@ -84,6 +84,7 @@ from starlette.responses import (
 )
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 logger = logging.getLogger("service")
 
@@ -119,6 +120,8 @@ STALL_SECONDS = config("STALL_SECONDS", cast=number(1, 3600), default=30)
 MP3_QUALITY = config("MP3_QUALITY", cast=number(0, 9), default=2)
 FFMPEG = config("FFMPEG", default="")
 
+HEAD_BYTES = 64 << 10  # of a request, and the time for them
+HEAD_SECONDS = 30
 JSON_BYTES = 64 << 10  # a registration
 FORM_BYTES = 64 << 10  # what a form may hold beside its file
 LOG_BYTES = 8 << 10  # of what ffmpeg has to say, at the beginning and at the end
@@ -1297,6 +1300,42 @@ def create_app(
 app = create_app()
 
 
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, which itself bounds neither the size of a request's head nor the time it takes."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.begin_head()
+
+    def begin_head(self) -> None:
+        self.head_bytes: int | None = 0
+        self.head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        if self.head_bytes is not None:
+            self.head_bytes += len(data)
+            if self.head_bytes > HEAD_BYTES + len(data):
+                return self.send_400_response("The head of the request is too large.")
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        if self.head_bytes is None:  # another request on the same connection
+            self.begin_head()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self.end_head()
+        super().on_headers_complete()
+
+    def end_head(self) -> None:
+        self.head_bytes = None
+        self.head_timer.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.end_head()
+        super().connection_lost(exc)
+
+
 class Server(uvicorn.Server):
     """uvicorn, which a second SIGTERM ends at once, as a second Ctrl-C does."""
 
@@ -1326,7 +1365,10 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 1 << 16), most))
     if DATABASE_URL:
         asyncio.run(probe(DATABASE_URL))
-    server = Server(uvicorn.Config(app, HOST, PORT, timeout_graceful_shutdown=GRACE_SECONDS))
+    uvicorn_config = uvicorn.Config(
+        app, HOST, PORT, http=Protocol, timeout_graceful_shutdown=GRACE_SECONDS
+    )
+    server = Server(uvicorn_config)
     with suppress(KeyboardInterrupt):
         server.run()
     sys.exit(not server.started)
