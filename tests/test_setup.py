@@ -71,7 +71,7 @@ def processes_in(directory: Path) -> list[psutil.Process]:
 @pytest.fixture
 def data_dir() -> Iterator[Path]:
     # The path of a Unix socket, which the data directory has, must be short.
-    directory = Path(tempfile.mkdtemp(prefix="data-")).resolve()
+    directory = Path(tempfile.mkdtemp(prefix="my data +%20")).resolve()
     yield directory
     for process in processes_in(directory):
         with suppress(psutil.NoSuchProcess):
@@ -109,10 +109,8 @@ def test_ctrl_c_leaves_no_process_after_an_earlier_kill(data_dir: Path) -> None:
     assert not processes_in(data_dir)
 
 
-def test_servers_that_start_together_share_an_embedded_postgresql(
-    data_dir: Path, tmp_path: Path
-) -> None:
-    settings = {"DATA_DIR": str(data_dir), "XDG_RUNTIME_DIR": str(tmp_path)}  # of one user
+def test_servers_that_start_together_share_an_embedded_postgresql(data_dir: Path) -> None:
+    settings = {"DATA_DIR": str(data_dir)}
     with Server(settings) as first, Server(settings) as second:
         user = first.register()
         assert second.upload(user, wav()).status_code == 201
