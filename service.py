@@ -62,7 +62,7 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE
 from tempfile import TemporaryFile
 from types import FrameType
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, TypeVar
 from urllib.parse import quote, urlencode
 
 import asyncpg
@@ -162,7 +162,7 @@ WHERE token_sha256 = $1
 
 COPY_COLUMNS = (
     *("id_user", "id_record", "idempotency_key", "wav_sha256"),
-    *("filename", "size", "sha256", "duration", "mp3"),
+    *("filename", "size", "duration", "mp3", "sha256"),
 )
 
 SELECT_KEY = """
@@ -655,27 +655,20 @@ class Encoder:
         await self.process.wait()
 
 
-class Mp3(NamedTuple):
-    file: BinaryIO
-    size: int  # bytes
-    sha256: bytes
-    duration: float  # seconds
-
-
-def complete(file: BinaryIO, samples: int) -> Mp3:
-    """Make an MP3 play exactly its samples, and measure it. Blocks.
+def complete(mp3: BinaryIO, samples: int) -> float:
+    """Make an MP3 play exactly its samples, and return their duration in seconds.
 
     Decoders cut off the delay and the padding that the first frame states ("Mp3 info tag revision
     1", gabriel.mp3-tech.org/mp3infotag.html). ffmpeg states one frame of padding at the most, which
     is up to 46 samples too few for one length in 25. Raises EncoderFailure where there is no tag.
     """
-    file.seek(0)
-    id3 = file.read(10)
+    mp3.seek(0)
+    id3 = mp3.read(10)
     start = 0
     if id3[:3] == b"ID3":  # its size has seven bits a byte (ID3v2.4 section 3.1)
         start = 10 + sum(id3[9 - place] << 7 * place for place in range(4))
-    file.seek(start)
-    frame = bytearray(file.read(192))
+    mp3.seek(start)
+    frame = bytearray(mp3.read(192))
     header = int.from_bytes(frame[:4])
     version, mono = header >> 19 & 3, header >> 6 & 3 == 3  # version 3 is MPEG-1, 0 is MPEG-2.5
     tag = 4 + ((17 if mono else 32) if version == 3 else (9 if mono else 17))
@@ -691,13 +684,11 @@ def complete(file: BinaryIO, samples: int) -> Mp3:
         for _ in range(8):
             crc = crc >> 1 ^ (0xA001 if crc & 1 else 0)
     frame[tag + 154 : tag + 156] = crc.to_bytes(2)
-    file.seek(start)
-    file.write(frame)
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    sha256 = hashlib.file_digest(file, "sha256").digest()  # type: ignore[arg-type]
+    mp3.seek(start)
+    mp3.write(frame)
+    mp3.flush()
     rate = (44100, 48000, 32000)[header >> 10 & 3] >> (4 - version) // 2
-    return Mp3(file, size, sha256, samples / rate)
+    return samples / rate
 
 
 # Application state -------------------------------------------------------------------------------
@@ -778,10 +769,12 @@ class Running:
             yield encoder
         finally:
             await encoder.close()
+        if not self.spare:  # only now, so as not to compete with the one that was lent
+            self.spare = asyncio.create_task(Encoder.start(self.ffmpeg))
 
     async def take_spare(self) -> Encoder:
-        """Return the encoder that was started ahead, which saves time, and start the next."""
-        taken, self.spare = self.spare, asyncio.create_task(Encoder.start(self.ffmpeg))
+        """Return the encoder that was started ahead, which saves its start, or else a new one."""
+        taken, self.spare = self.spare, None
         if taken:
             with suppress(OSError, EncoderFailure):
                 encoder = await taken
@@ -917,7 +910,8 @@ async def store(
     key: str | None,
     wav_sha256: bytes | None,
     filename: str,
-    mp3: Mp3,
+    duration: float,
+    mp3: BinaryIO,
 ) -> uuid.UUID:
     """Store an MP3 in one statement and return its id, or the id of the upload with the same key.
 
@@ -926,25 +920,29 @@ async def store(
     """
     id_record = uuid.uuid4()
     key = key or str(id_record)  # so that a retry after a lost answer finds what it stored
+    size = os.fstat(mp3.fileno()).st_size
     row = (
-        *(id_user.to_bytes(8), id_record.bytes, key.encode(), wav_sha256, filename.encode()),
-        *(mp3.size.to_bytes(4), mp3.sha256, struct.pack("!d", mp3.duration)),
+        *(id_user.to_bytes(8), id_record.bytes, key.encode(), wav_sha256),
+        *(filename.encode(), size.to_bytes(4), struct.pack("!d", duration)),
     )
 
     async def binary_copy() -> AsyncIterator[bytes]:
-        """Yield the row as PostgreSQL's documentation of COPY has it under "Binary Format"."""
+        """Yield the row in the binary format of COPY (PostgreSQL's documentation of COPY)."""
         head = b"PGCOPY\n\xff\r\n\0" + bytes(8) + len(COPY_COLUMNS).to_bytes(2)
         for value in row:
             head += b"\xff" * 4 if value is None else len(value).to_bytes(4) + value
-        yield head + mp3.size.to_bytes(4)
-        for offset in range(0, mp3.size, SLICE_BYTES):
-            yield await asyncio.to_thread(os.pread, mp3.file.fileno(), SLICE_BYTES, offset)
-        yield b"\xff\xff"
+        yield head + size.to_bytes(4)
+        sha256 = hashlib.sha256()
+        for offset in range(0, size, SLICE_BYTES):
+            data = await asyncio.to_thread(os.pread, mp3.fileno(), SLICE_BYTES, offset)
+            yield data
+            sha256.update(data)
+        yield sha256.digest_size.to_bytes(4) + sha256.digest() + b"\xff\xff"
 
-    async def copy_once() -> uuid.UUID:
+    async def copy() -> uuid.UUID:
         while True:
+            source = binary_copy()
             try:
-                source = binary_copy()
                 await pool.copy_to_table(
                     "records", source=source, columns=COPY_COLUMNS, format="binary"
                 )
@@ -957,7 +955,7 @@ async def store(
                     raise HTTPException(422, detail) from None
                 return uuid.UUID(bytes=stored["id_record"].bytes)
 
-    return await retried(copy_once)
+    return await retried(copy)
 
 
 async def register(request: Request) -> Response:
@@ -992,7 +990,7 @@ async def upload(request: Request) -> Response:
     if key is not None and not 1 <= len(key) <= 255:
         raise HTTPException(422, "The Idempotency-Key must have 1 to 255 characters.")
     form, wav, wav_sha256 = Form(request), Wav(), hashlib.sha256()
-    size = whole_number(request.headers.get("content-length", "")) or MAX_UPLOAD_BYTES
+    limit = whole_number(request.headers.get("content-length", "")) or MAX_UPLOAD_BYTES
     id_user = await authenticate(request, **form.texts) if form.has_credentials else None
     running = await state(request)
     async with running.turn(), AsyncExitStack() as stack:
@@ -1005,7 +1003,7 @@ async def upload(request: Request) -> Response:
                 if not encoder and not waiting:
                     if form.has_credentials:
                         id_user = id_user or await authenticate(request, **form.texts)
-                        encoder = await stack.enter_async_context(running.encoder(size))
+                        encoder = await stack.enter_async_context(running.encoder(limit))
                     else:  # the file comes first: it waits for the credentials
                         waiting = stack.enter_context(TemporaryFile())
                 if encoder:
@@ -1021,13 +1019,16 @@ async def upload(request: Request) -> Response:
         assert encoder  # since the WAV has audio
         samples = await unless_gone(request, encoder.finish())
         encoded = clock()
-        mp3 = await asyncio.to_thread(complete, encoder.mp3, samples)
+        duration = complete(encoder.mp3, samples)
+        size = os.fstat(encoder.mp3.fileno()).st_size
         digest = wav_sha256.digest() if key else None
-        id_record = await store(running.pool, id_user, key, digest, form.filename, mp3)
+        id_record = await store(
+            running.pool, id_user, key, digest, form.filename, duration, encoder.mp3
+        )
     times = {"receive": received - began, "encode": encoded - received, "store": clock() - encoded}
     logger.info(
         "Record %s: %d bytes of WAV, %d bytes of MP3, %.2f s of audio in %.3f s",
-        *(id_record, wav.received, mp3.size, mp3.duration, sum(times.values())),
+        *(id_record, wav.received, size, duration, sum(times.values())),
     )
     url = download_url(request, id_record, id_user)
     timing = ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in times.items())
