@@ -56,7 +56,7 @@ from contextlib import (
 )
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import format_datetime, parsedate_to_datetime
+from email.utils import format_datetime
 from http import HTTPStatus
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
@@ -1056,10 +1056,14 @@ def parse_range(header: str, size: int) -> range | None:
     return range(int(first), min(int(last) + 1, size) if last else size)
 
 
-def http_date(header: str | None) -> datetime | None:
-    """Return the time in a date header (RFC 9110 section 5.6.7), None where there is none."""
-    with suppress(ValueError, TypeError):
-        return parsedate_to_datetime(header or "").replace(tzinfo=UTC)
+HTTP_DATES = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y")
+
+
+def http_date(header: str) -> datetime | None:
+    """Return the time in a date header (RFC 9110 section 5.6.7), None where it is malformed."""
+    for form in HTTP_DATES:
+        with suppress(ValueError):
+            return datetime.strptime(header, form).replace(tzinfo=UTC)
     return None
 
 
@@ -1069,11 +1073,11 @@ def precondition(headers: Headers, etag: str, modified: datetime) -> int:
     if wanted := tags["if-match"]:
         if wanted != "*" and etag not in re.findall(r'(?:W/)?"[^"]*"', wanted):
             return 412
-    elif (since := http_date(headers.get("if-unmodified-since"))) and modified > since:
+    elif (since := http_date(headers.get("if-unmodified-since", ""))) and modified > since:
         return 412
     if known := tags["if-none-match"]:
         return 304 if known == "*" or etag in re.findall(r'"[^"]*"', known) else 200
-    since = http_date(headers.get("if-modified-since"))
+    since = http_date(headers.get("if-modified-since", ""))
     return 304 if since and modified <= since else 200
 
 
@@ -1086,6 +1090,7 @@ def content_disposition(filename: str) -> str:
     ascii_name = re.sub(r"[^\w .()+,=@~-]", "_", letters, flags=re.ASCII)
     if not re.match(r"\w", ascii_name, re.ASCII):
         ascii_name = "recording.mp3"
+    ascii_name = ascii_name.removesuffix(".mp3")[:251] + ".mp3"  # some letters become several
     disposition = f'attachment; filename="{ascii_name}"'
     if ascii_name != filename:
         disposition += f"; filename*=UTF-8''{quote(filename, safe='')}"
@@ -1135,11 +1140,12 @@ async def download(request: Request) -> Response:
         return Response(status_code=304, headers=headers)
     part = range(size)
     if_range = request.headers.get("if-range", etag)
-    if if_range == etag or http_date(if_range) == modified:
+    if request.method == "GET" and (if_range == etag or http_date(if_range) == modified):
         asked = parse_range(request.headers.get("range", ""), size)
         if asked is not None:
             if not asked:
-                return Response(status_code=416, headers={"Content-Range": f"bytes */{size}"})
+                refusal = {"Accept-Ranges": "bytes", "Content-Range": f"bytes */{size}"}
+                return Response(status_code=416, headers=refusal)
             status, part = 206, asked
             headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{size}"
     headers["Content-Length"] = str(len(part))

@@ -1,0 +1,556 @@
+import hashlib
+import random
+import re
+import socket
+from array import array
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from urllib.parse import unquote, urlsplit
+
+import httpx
+import psutil
+import pytest
+from starlette.datastructures import Headers
+from store import blocks_read, store
+from support import Server, User, problem
+
+from service import content_disposition, mp3_name, parse_range, precondition
+
+WHOLE = None
+NOTHING = range(0)
+
+
+# The Range header, for ten bytes
+
+
+@pytest.mark.parametrize(
+    "header, expected",
+    [
+        ("bytes=0-4", range(0, 5)),
+        ("bytes=2-2", range(2, 3)),
+        ("bytes=0-9", range(10)),
+        ("bytes=5-", range(5, 10)),
+        ("bytes=9-", range(9, 10)),
+        ("bytes=-3", range(7, 10)),
+        ("bytes=-10", range(10)),
+        ("BYTES=007-08", range(7, 9)),
+        # reaching past the end
+        ("bytes=5-10", range(5, 10)),
+        ("bytes=5-99999999999999999999", range(5, 10)),
+        ("bytes=-11", range(10)),
+        ("bytes=-99999999999999999999", range(10)),
+        # nothing of it
+        ("bytes=10-", NOTHING),
+        ("bytes=10-10", NOTHING),
+        ("bytes=99999999999999999999-", NOTHING),
+        ("bytes=-0", NOTHING),
+        # ignored: several ranges, other units, malformed ones
+        ("bytes=0-1,4-5", WHOLE),
+        ("bytes=0-1, -1", WHOLE),
+        ("items=0-4", WHOLE),
+        ("bytes", WHOLE),
+        ("bytes=", WHOLE),
+        ("bytes=-", WHOLE),
+        ("bytes=4", WHOLE),
+        ("bytes=4-2", WHOLE),
+        ("bytes=--2", WHOLE),
+        ("bytes=+1-2", WHOLE),
+        ("bytes=1-2-3", WHOLE),
+        ("bytes=1.0-2", WHOLE),
+        ("bytes=a-f", WHOLE),
+        ("bytes=0-4\n", WHOLE),
+        ("bytes=\uff11-\uff12", WHOLE),
+        ("bytes=0-" + "9" * 5000, WHOLE),
+        ("0-4", WHOLE),
+        ("", WHOLE),
+    ],
+)
+def test_parse_range(header: str, expected: range | None) -> None:
+    assert parse_range(header, 10) == expected
+
+
+# Preconditions, for the entity tag "now"
+
+NOW = datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)
+THEN = "Sun, 06 Nov 1994 08:49:36 GMT"
+SAME = "Sun, 06 Nov 1994 08:49:37 GMT"
+LATER = "Sun, 06 Nov 1994 08:49:38 GMT"
+
+
+@pytest.mark.parametrize(
+    "headers, expected",
+    [
+        ({}, 200),
+        # If-Match compares strongly
+        ({"If-Match": '"now"'}, 200),
+        ({"If-Match": "*"}, 200),
+        ({"If-Match": '"then", "now"'}, 200),
+        ({"If-Match": 'W/"then","now"'}, 200),
+        ({"If-Match": '"then"'}, 412),
+        ({"If-Match": 'W/"now"'}, 412),
+        ({"If-Match": '"*"'}, 412),
+        ({"If-Match": "now"}, 412),
+        # If-None-Match weakly
+        ({"If-None-Match": '"now"'}, 304),
+        ({"If-None-Match": 'W/"now"'}, 304),
+        ({"If-None-Match": "*"}, 304),
+        ({"If-None-Match": '"then", "now"'}, 304),
+        ({"If-None-Match": 'W/"a,b",W/"now"'}, 304),
+        ({"If-None-Match": '"then"'}, 200),
+        ({"If-None-Match": '"*"'}, 200),
+        ({"If-None-Match": "now"}, 200),
+        # dates
+        ({"If-Modified-Since": LATER}, 304),
+        ({"If-Modified-Since": SAME}, 304),
+        ({"If-Modified-Since": THEN}, 200),
+        ({"If-Unmodified-Since": LATER}, 200),
+        ({"If-Unmodified-Since": SAME}, 200),
+        ({"If-Unmodified-Since": THEN}, 412),
+        # in their two obsolete forms
+        ({"If-Modified-Since": "Sunday, 06-Nov-94 08:49:37 GMT"}, 304),
+        ({"If-Modified-Since": "Sunday, 06-Nov-94 08:49:36 GMT"}, 200),
+        ({"If-Modified-Since": "Sun Nov  6 08:49:37 1994"}, 304),
+        ({"If-Modified-Since": "Sun Nov  6 08:49:36 1994"}, 200),
+        # tags come before dates
+        ({"If-Match": '"now"', "If-Unmodified-Since": THEN}, 200),
+        ({"If-Match": '"then"', "If-Unmodified-Since": LATER}, 412),
+        ({"If-None-Match": '"then"', "If-Modified-Since": LATER}, 200),
+        ({"If-None-Match": '"now"', "If-Modified-Since": THEN}, 304),
+        # and If-Match before If-None-Match
+        ({"If-Match": '"then"', "If-None-Match": '"now"'}, 412),
+        ({"If-Match": '"now"', "If-None-Match": '"now"'}, 304),
+        ({"If-Match": '"now"', "If-Modified-Since": SAME}, 304),
+        ({"If-Unmodified-Since": SAME, "If-None-Match": '"now"'}, 304),
+        ({"If-Unmodified-Since": THEN, "If-None-Match": '"now"'}, 412),
+        # a Range is not theirs
+        ({"If-Range": '"then"', "Range": "bytes=0-4"}, 200),
+    ],
+)
+def test_precondition(headers: dict[str, str], expected: int) -> None:
+    assert precondition(Headers(headers), '"now"', NOW) == expected
+
+
+@pytest.mark.parametrize("name", ["If-Modified-Since", "If-Unmodified-Since"])
+@pytest.mark.parametrize(
+    "date",
+    [
+        "",
+        "0",
+        "-1",
+        "then",
+        "1994-11-06T08:49:37Z",
+        "784111777",
+        "Sun, 06 Nov 1994",
+        "Sun, 66 Nov 1994 08:49:37 GMT",
+        "Sun, 06 Nov 1994 08:49:37 +0100",
+        "Sun, 06 Nov 99999999999999999999 08:49:37 GMT",
+        f"{SAME}, {SAME}",
+    ],
+)
+def test_precondition_of_a_malformed_date_is_ignored(name: str, date: str) -> None:
+    modified = NOW + timedelta(days=1) if name == "If-Unmodified-Since" else NOW
+    assert precondition(Headers({name: date}), '"now"', modified) == 200
+
+
+@pytest.mark.parametrize("name, expected", [("if-match", 200), ("if-none-match", 304)])
+def test_precondition_may_have_several_lines(name: str, expected: int) -> None:
+    lines = [(name.encode(), b'"then"'), (name.encode(), b'"now"')]
+    assert precondition(Headers(raw=lines), '"now"', NOW) == expected
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "filename, expected",
+    [
+        ("speech.wav", "speech.mp3"),
+        ("speech.WAVE", "speech.mp3"),
+        ("speech", "speech.mp3"),
+        ("speech.wav.wav", "speech.wav.mp3"),
+        ("Запись 1.wav", "Запись 1.mp3"),
+        ("会议🎤.wav", "会议🎤.mp3"),
+        ("👩‍🚀.wav", "👩‍🚀.mp3"),
+        ("a \"b\" 'c'.wav", "a \"b\" 'c'.mp3"),
+        ("a%22b.wav", 'a"b.mp3'),
+        # of a path the last part
+        ("/etc/passwd", "passwd.mp3"),
+        ("../../x.wav", "x.mp3"),
+        (r"C:\fakepath\x.wav", "x.mp3"),
+        (r"a/b\c/x.wav", "x.mp3"),
+        # no control characters
+        ("a\r\nSet-Cookie: b.wav", "aSet-Cookie: b.mp3"),
+        ("a\0b\x1b\x7f\x85.wav", "ab.mp3"),
+        ("a\ud800.wav", "a.mp3"),
+        # no dots, nor spaces, at either end
+        (".hidden.wav", "hidden.mp3"),
+        ("x..wav", "x.mp3"),
+        (" x . .wav ", "x.mp3"),
+        # something in any case
+        ("", "recording.mp3"),
+        (".", "recording.mp3"),
+        ("..", "recording.mp3"),
+        ("...wav", "recording.mp3"),
+        (".wav", "recording.mp3"),
+        ("a/", "recording.mp3"),
+        ("\r\n", "recording.mp3"),
+        (".\0.", "recording.mp3"),
+        # and no more than 255 bytes
+        ("x" * 251 + ".wav", "x" * 251 + ".mp3"),
+        ("x" * 300 + ".wav", "x" * 251 + ".mp3"),
+        ("ы" * 300 + ".wav", "ы" * 125 + ".mp3"),
+        ("🎤" * 300 + ".wav", "🎤" * 62 + ".mp3"),
+    ],
+)
+def test_mp3_name(filename: str, expected: str) -> None:
+    assert mp3_name(filename) == expected
+
+
+@pytest.mark.parametrize(
+    "filename, ascii_name, encoded",
+    [
+        ("speech.mp3", "speech.mp3", ""),
+        ("a b (1)+,=@~-_.mp3", "a b (1)+,=@~-_.mp3", ""),
+        ("Zoë.mp3", "Zoe.mp3", "Zo%C3%AB.mp3"),
+        ("x ы.mp3", "x .mp3", "x%20%D1%8B.mp3"),
+        ("ы.mp3", "recording.mp3", "%D1%8B.mp3"),
+        ("会.mp3", "recording.mp3", "%E4%BC%9A.mp3"),
+        ("🎤.mp3", "recording.mp3", "%F0%9F%8E%A4.mp3"),
+        ('a"b.mp3', "a_b.mp3", "a%22b.mp3"),
+        ("a\\b.mp3", "a_b.mp3", "a%5Cb.mp3"),
+        ("a/b.mp3", "a_b.mp3", "a%2Fb.mp3"),
+        ("a\u2100.mp3", "aa_c.mp3", "a%E2%84%80.mp3"),
+        ("a;b'c%41*.mp3", "a_b_c_41_.mp3", "a%3Bb%27c%2541%2A.mp3"),
+        ("a\r\nb.mp3", "a__b.mp3", "a%0D%0Ab.mp3"),
+        ("-o.mp3", "recording.mp3", "-o.mp3"),
+        ("..mp3", "recording.mp3", "..mp3"),
+        ("\u2024\u2024.mp3", "recording.mp3", "%E2%80%A4%E2%80%A4.mp3"),
+    ],
+)
+def test_content_disposition(filename: str, ascii_name: str, encoded: str) -> None:
+    header = f'attachment; filename="{ascii_name}"'
+    if encoded:
+        header += f"; filename*=UTF-8''{encoded}"
+    assert content_disposition(filename) == header
+
+
+def test_content_disposition_is_well_formed_whatever_the_character() -> None:
+    pattern = r"attachment; filename=\"\w[\w .()+,=@~-]*\"(?:; filename\*=UTF-8''([\w.~%-]+))?"
+    for character in map(chr, [*range(0xD800), *range(0xE000, 0x10000), *range(0x1F000, 0x20000)]):
+        filename = f"a{character}b.mp3"
+        match = re.fullmatch(pattern, content_disposition(filename), re.ASCII)
+        assert match, filename
+        assert unquote(match[1] or filename) == filename
+
+
+@pytest.mark.parametrize("character", ["x", "ы", "\u2177", "\u33c2"])
+def test_content_disposition_has_no_name_of_over_255_bytes(character: str) -> None:
+    header = content_disposition(mp3_name(character * 300))
+    match = re.match(r'attachment; filename="([^"]+\.mp3)"', header)
+    assert match
+    assert len(match[1]) <= 255
+
+
+# What is sent
+
+MP3 = random.Random(0).randbytes(700_000)
+ETAG = f'"{hashlib.sha256(MP3).hexdigest()}"'
+REPR_DIGEST = f"sha-256=:{b64encode(hashlib.sha256(MP3).digest()).decode()}:"
+CREATED = datetime(2024, 2, 29, 23, 59, 59, 999_999, tzinfo=UTC)
+LAST_MODIFIED = "Thu, 29 Feb 2024 23:59:59 GMT"
+BEFORE = "Thu, 29 Feb 2024 23:59:58 GMT"
+AFTER = "Fri, 01 Mar 2024 00:00:00 GMT"
+
+
+@pytest.fixture(scope="module")
+def link(server: Server) -> str:
+    return store(server, server.register(), MP3, created_at=CREATED)
+
+
+def test_download_has_what_caches_players_and_scripts_need(server: Server, link: str) -> None:
+    response = server.http.get(link)
+    assert response.status_code == 200
+    assert response.content == MP3
+    expected = {
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, max-age=31536000, immutable",
+        "Content-Disposition": 'attachment; filename="speech.mp3"',
+        "Content-Length": str(len(MP3)),
+        "Content-Type": "audio/mpeg",
+        "ETag": ETAG,
+        "Last-Modified": LAST_MODIFIED,
+        "Repr-Digest": REPR_DIGEST,
+        "X-Content-Type-Options": "nosniff",
+    }
+    assert expected.items() <= {name: response.headers.get(name) for name in expected}.items()
+    assert "Date" in response.headers
+    assert "Content-Range" not in response.headers
+
+
+def test_last_modified_is_when_the_record_was_made(server: Server, user: User) -> None:
+    created_at = datetime.now(UTC)
+    response = server.http.head(store(server, user, b"mp3", created_at=created_at))
+    assert response.headers["Last-Modified"] == format_datetime(created_at, usegmt=True)
+
+
+@pytest.mark.parametrize("size", [1, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, 1 << 19, 1 << 20])
+def test_record_of_any_size_comes_whole(server: Server, user: User, size: int) -> None:
+    content = random.Random(size).randbytes(size)
+    response = server.http.get(store(server, user, content))
+    assert response.content == content
+    assert response.headers["Content-Length"] == str(size)
+
+
+def test_path_may_end_with_a_slash(server: Server, link: str) -> None:
+    response = server.http.get(link.replace("/download?", "/download/?"))
+    assert response.status_code == 200
+    assert response.content == MP3
+
+
+@pytest.mark.parametrize(
+    "header, first, last",
+    [
+        ("bytes=0-0", 0, 0),
+        ("bytes=100-199", 100, 199),
+        ("bytes=262143-262144", 262143, 262144),
+        ("bytes=1000-600999", 1000, 600_999),
+        ("bytes=262144-", 262144, 699_999),
+        ("bytes=699999-", 699_999, 699_999),
+        ("bytes=-1", 699_999, 699_999),
+        ("bytes=-500000", 200_000, 699_999),
+        ("bytes=0-", 0, 699_999),
+        ("bytes=699990-800000", 699_990, 699_999),
+    ],
+)
+def test_range(server: Server, link: str, header: str, first: int, last: int) -> None:
+    response = server.http.get(link, headers={"Range": header})
+    assert response.status_code == 206
+    assert response.content == MP3[first : last + 1]
+    whole = server.http.head(link).headers
+    expected = {
+        **whole,
+        "content-range": f"bytes {first}-{last}/700000",
+        "content-length": str(last + 1 - first),
+    }
+    assert {**response.headers, "date": ""} == {**expected, "date": ""}
+
+
+@pytest.mark.parametrize("header", ["bytes=0-0,5-6", "seconds=0-1", "bytes=5-4", "all"])
+def test_range_that_is_not_understood_is_ignored(server: Server, link: str, header: str) -> None:
+    response = server.http.get(link, headers={"Range": header})
+    assert response.status_code == 200
+    assert response.content == MP3
+    assert "Content-Range" not in response.headers
+
+
+@pytest.mark.parametrize("header", ["bytes=700000-", "bytes=700000-700001", "bytes=-0"])
+def test_range_outside_is_refused_without_a_body(server: Server, link: str, header: str) -> None:
+    response = server.http.get(link, headers={"Range": header})
+    assert response.status_code == 416
+    assert response.content == b""
+    assert response.headers["Content-Length"] == "0"
+    assert response.headers["Content-Range"] == "bytes */700000"
+    assert response.headers["Accept-Ranges"] == "bytes"
+
+
+@pytest.mark.parametrize(
+    "validator, status",
+    [
+        (ETAG, 206),
+        (LAST_MODIFIED, 206),
+        (f"W/{ETAG}", 200),
+        ('"another"', 200),
+        ("*", 200),
+        (BEFORE, 200),
+        (AFTER, 200),
+        ("yesterday", 200),
+    ],
+)
+def test_if_range_guards_a_range(server: Server, link: str, validator: str, status: int) -> None:
+    response = server.http.get(link, headers={"Range": "bytes=5-9", "If-Range": validator})
+    assert response.status_code == status
+    assert response.content == (MP3[5:10] if status == 206 else MP3)
+
+
+@pytest.mark.parametrize("validator, status", [(ETAG, 416), ('"another"', 200)])
+def test_if_range_guards_a_range_outside(
+    server: Server, link: str, validator: str, status: int
+) -> None:
+    headers = {"Range": "bytes=700000-", "If-Range": validator}
+    assert server.http.get(link, headers=headers).status_code == status
+
+
+NOT_MODIFIED = [
+    {"If-None-Match": ETAG},
+    {"If-None-Match": f'"another", W/{ETAG}'},
+    {"If-None-Match": "*"},
+    {"If-None-Match": ETAG, "If-Modified-Since": BEFORE},
+    {"If-Modified-Since": LAST_MODIFIED},
+    {"If-Modified-Since": AFTER},
+    {"If-None-Match": ETAG, "Range": "bytes=5-9"},
+    {"If-None-Match": ETAG, "Range": "bytes=700000-"},
+    {"If-Modified-Since": LAST_MODIFIED, "Range": "bytes=5-9", "If-Range": ETAG},
+    {"If-Match": ETAG, "If-None-Match": ETAG},
+]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("headers", NOT_MODIFIED)
+def test_copy_that_is_still_good_is_not_sent_again(
+    server: Server, link: str, method: str, headers: dict[str, str]
+) -> None:
+    response = server.http.request(method, link, headers=headers)
+    assert response.status_code == 304
+    assert response.content == b""
+    whole = server.http.head(link).headers
+    for name in ("Accept-Ranges", "Cache-Control", "ETag", "Last-Modified"):
+        assert response.headers[name] == whole[name]
+    assert "Date" in response.headers
+    assert "Content-Length" not in response.headers
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"If-None-Match": '"another"'},
+        {"If-None-Match": '"another"', "If-Modified-Since": AFTER},
+        {"If-Modified-Since": BEFORE},
+        {"If-Match": ETAG},
+        {"If-Unmodified-Since": LAST_MODIFIED},
+        {"If-Modified-Since": "Thu, 29 Feb 99999999999999999999 23:59:59 GMT"},
+    ],
+)
+def test_copy_that_is_not_good_is_sent_again(
+    server: Server, link: str, headers: dict[str, str]
+) -> None:
+    response = server.http.get(link, headers=headers)
+    assert response.status_code == 200
+    assert response.content == MP3
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"If-Match": '"another"'},
+        {"If-Match": f"W/{ETAG}"},
+        {"If-Unmodified-Since": BEFORE},
+        {"If-Match": '"another"', "Range": "bytes=5-9"},
+        {"If-Match": '"another"', "Range": "bytes=700000-"},
+        {"If-Match": '"another"', "If-None-Match": ETAG},
+    ],
+)
+def test_copy_other_than_the_one_named_is_refused(
+    server: Server, link: str, headers: dict[str, str]
+) -> None:
+    problem(server.http.get(link, headers=headers), 412)
+    head = server.http.head(link, headers=headers)
+    assert head.status_code == 412
+    assert head.content == b""
+
+
+@pytest.mark.parametrize("header", ["", "bytes=5-9", "bytes=700000-"])
+def test_head_has_the_headers_of_the_whole(server: Server, link: str, header: str) -> None:
+    """Ranges are defined for GET alone (RFC 9110 section 14.2)."""
+    head = server.http.head(link, headers={"Range": header} if header else {})
+    with server.http.stream("GET", link) as get:
+        assert head.status_code == 200
+        assert head.content == b""
+        assert {**head.headers, "date": ""} == {**get.headers, "date": ""}
+
+
+# What it takes to send it
+
+BIG = array("Q", range(50 << 17)).tobytes()  # 50 MiB that could be compressed
+
+
+@pytest.fixture(scope="module")
+def big_link(server: Server) -> str:
+    return store(server, server.register(), BIG)
+
+
+def test_big_record_passes_through_little_memory(server: Server, link: str, big_link: str) -> None:
+    server.http.get(link)
+    process = psutil.Process(server.process.pid)
+    before = process.memory_info().rss
+    digest, most = hashlib.sha256(), 0
+    with server.http.stream("GET", big_link) as response:
+        for chunk in response.iter_bytes():
+            digest.update(chunk)
+            most = max(most, process.memory_info().rss)
+    assert digest.digest() == hashlib.sha256(BIG).digest()
+    assert most - before < 16 << 20
+
+
+@pytest.fixture
+def slow_reader(server: Server) -> Iterator[Callable[[str], socket.socket]]:
+    """Begins a download and reads hardly any of it."""
+    address = urlsplit(server.url)
+    with ExitStack() as stack:
+
+        def begin(link: str) -> socket.socket:
+            reader = stack.enter_context(socket.socket())
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            reader.settimeout(60)
+            reader.connect((address.hostname, address.port))
+            reader.sendall(f"GET {link} HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
+            assert reader.recv(15, socket.MSG_WAITALL) == b"HTTP/1.1 200 OK"
+            return reader
+
+        yield begin
+
+
+def test_slow_clients_do_not_keep_the_others_from_theirs(
+    server: Server, link: str, big_link: str, slow_reader: Callable[[str], socket.socket]
+) -> None:
+    readers = [slow_reader(big_link) for _ in range(15)]
+    assert server.register().id
+    assert server.http.get(link).content == MP3
+    for reader in readers:
+        assert reader.recv(1)
+
+
+def test_download_of_a_record_that_is_deleted_meanwhile_is_cut(server: Server, user: User) -> None:
+    link = store(server, user, BIG[: 32 << 20])  # more than fits into the buffers on the way
+    headers = {"Authorization": f"Bearer {user.token}"}
+    with (
+        pytest.raises(httpx.RemoteProtocolError),
+        server.http.stream("GET", link) as response,
+    ):
+        chunks = response.iter_raw()
+        assert next(chunks)
+        assert server.http.delete(link, headers=headers).status_code == 204
+        for _ in chunks:
+            pass
+    problem(server.http.get(link), 404)
+
+
+def test_head_and_not_modified_never_read_the_mp3(server: Server, link: str) -> None:
+    before = blocks_read(server)
+    server.http.head(link)
+    for headers in NOT_MODIFIED:
+        assert server.http.get(link, headers=headers).status_code == 304
+    for headers in ({"If-Match": '"another"'}, {"Range": "bytes=700000-"}):
+        assert server.http.get(link, headers=headers).is_client_error
+    after = blocks_read(server)
+    assert after.metadata > before.metadata
+    assert after.mp3 == before.mp3
+
+
+def test_range_costs_the_same_wherever_it_lies_however_big_the_record(
+    server: Server, user: User, big_link: str
+) -> None:
+    small_link = store(server, user, BIG[: 1 << 20])
+    for link, start in (
+        (small_link, 0),
+        (small_link, (1 << 20) - 1000),
+        (big_link, 0),
+        (big_link, len(BIG) // 2),
+        (big_link, len(BIG) - 1000),
+    ):
+        before = blocks_read(server).mp3
+        response = server.http.get(link, headers={"Range": f"bytes={start}-{start + 999}"})
+        assert response.content == BIG[start : start + 1000]
+        assert 1 <= blocks_read(server).mp3 - before <= 2  # with 8192 bytes each
