@@ -63,7 +63,7 @@ from subprocess import DEVNULL, PIPE
 from tempfile import TemporaryFile
 from types import FrameType
 from typing import BinaryIO, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode
 
 import asyncpg
 import uvicorn
@@ -744,6 +744,7 @@ class Running:
     ffmpeg: str
     encoders: asyncio.Semaphore
     stack: AsyncExitStack
+    url: str  # of the database, empty where the pool is the host's
     spare: "asyncio.Task[Encoder] | None" = None
 
     @asynccontextmanager
@@ -813,7 +814,8 @@ async def start(app: Starlette) -> Running:
             stack.push_async_callback(close_pool, pool)
             await pool
         await pool.execute((HERE / "db.sql").read_text())
-        running = Running(pool, ffmpeg, asyncio.Semaphore(MAX_ENCODERS), stack.pop_all())
+        url = "" if app.state.pool else url
+        running = Running(pool, ffmpeg, asyncio.Semaphore(MAX_ENCODERS), stack.pop_all(), url)
     running.stack.push_async_callback(running.close_spare)
     running.spare = asyncio.create_task(Encoder.start(ffmpeg))
     return running
@@ -823,7 +825,7 @@ async def state(request: Request) -> Running:
     """Return what the request's application holds.
 
     Where no lifespan brought it up, as in a mounted application, the first request does, and after
-    a failure the next one. Raises as start does.
+    a failure the next one. Raises HTTPException 503.
     """
     app, loop = request.app, asyncio.get_running_loop()
     starting: asyncio.Task[Running] | None = app.state.running
@@ -831,10 +833,12 @@ async def state(request: Request) -> Running:
         starting = app.state.running = loop.create_task(start(app))
     try:
         return await asyncio.shield(starting)
-    except Exception:
+    except Exception as error:
         if app.state.running is starting:
             app.state.running = None
-        raise
+            logger.error("The service cannot start: %r", error)
+        detail = "The database cannot be reached. Try again later."
+        raise HTTPException(503, detail, RETRY_AFTER) from error
 
 
 @asynccontextmanager
@@ -878,10 +882,15 @@ def base_url(request: Request) -> str:
     """
     if configured := request.app.state.base_url:
         return str(configured)
-    url = request.url  # Starlette leaves a malformed Host out of it
-    if request.headers.get("host", url.netloc) != url.netloc:
+    url = request.url  # Starlette leaves a malformed Host out of it, but lets quotes pass
+    hosts = request.headers.getlist("host")
+    if hosts not in ([], [url.netloc]) or not re.fullmatch(r"[\w.:\[\]~-]+", url.netloc, re.ASCII):
         raise HTTPException(400, "The Host header is malformed. Send the host that you called.")
-    return f"{url.scheme}://{url.netloc}{quote(request.scope.get('root_path', '').rstrip('/'))}"
+    root, path = request.scope.get("root_path", "").rstrip("/"), request.scope["path"].rstrip("/")
+    # Litestar cuts the path of a mount off without a word in root_path, but not in the raw path.
+    raw = unquote(request.scope.get("raw_path") or b"").rstrip("/")
+    cut = raw.removesuffix(path) if raw.endswith(path) else ""
+    return f"{url.scheme}://{url.netloc}{quote(root + cut.removeprefix(root))}"
 
 
 def download_url(request: Request, id_record: uuid.UUID, id_user: int) -> str:
@@ -1247,19 +1256,35 @@ async def healthz(request: Request) -> Response:
 async def readyz(request: Request) -> Response:
     """Say whether uploads and downloads can work now: the database answers and ffmpeg runs."""
     lacking = "the database does not answer"
-    try:
-        async with asyncio.timeout(READY_SECONDS):
-            running = await state(request)
+
+    async def check() -> None:
+        nonlocal lacking
+        running = await state(request)
+        if running.url:  # not through the pool, which may just be busy
+            connection = await asyncpg.connect(running.url)
+            try:
+                await connection.fetchval("SELECT 1")
+            finally:
+                connection.terminate()
+        else:
             await running.pool.fetchval("SELECT 1")
-            lacking = "ffmpeg does not run"
-            ffmpeg = await asyncio.create_subprocess_exec(
-                running.ffmpeg, "-version", stdout=DEVNULL, stderr=DEVNULL
-            )
+        lacking = "ffmpeg does not run"
+        ffmpeg = await asyncio.create_subprocess_exec(
+            running.ffmpeg, "-version", stdout=DEVNULL, stderr=DEVNULL
+        )
+        try:
             if await ffmpeg.wait() == 0:
-                return PlainTextResponse("ready\n")
-    except DATABASE_DOWN as error:
-        logger.error("Not ready, %s: %r", lacking, error)
-    raise HTTPException(503, f"Not ready: {lacking}.", RETRY_AFTER)
+                lacking = ""
+        finally:
+            if ffmpeg.returncode is None:
+                ffmpeg.kill()
+
+    checking = asyncio.create_task(check())
+    await asyncio.wait({checking}, timeout=READY_SECONDS)
+    checking.cancel()  # not awaited: asyncpg would wait for a database that hangs
+    if lacking:
+        raise HTTPException(503, f"Not ready: {lacking}.", RETRY_AFTER)
+    return PlainTextResponse("ready\n")
 
 
 # Application -----------------------------------------------------------------------------------
