@@ -187,7 +187,7 @@ class Page(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/"
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,)).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -242,7 +242,15 @@ def chromium(url: str) -> Iterator[Path]:
             for each in processes:
                 with suppress(psutil.NoSuchProcess):
                     each.kill()
-            psutil.wait_procs(processes, timeout=30)
+            wait_for(lambda: not any(map(runs, processes)))
+            process.wait()
+
+
+def runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 needs_chromium = pytest.mark.skipif(
@@ -258,7 +266,7 @@ let heard = 0;
 audio.ontimeupdate = () => {
   if (!heard && audio.currentTime > 0.1) {
     heard = audio.currentTime;
-    audio.currentTime = audio.duration - 0.5;
+    audio.currentTime = audio.duration - 0.2;
   }
 };
 audio.onended = audio.onerror = () => fetch("/", {method: "POST", body: JSON.stringify({

@@ -1,0 +1,186 @@
+"""Clients that speak HTTP by hand, and what a service holds while it has nothing to do."""
+
+import asyncio
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from http.client import HTTPMessage, HTTPResponse
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+from urllib.parse import urlsplit
+
+import asyncpg
+import psutil
+from support import FORM, SERVICE, UPLOAD, Server, User, credentials, form, part, wait_for
+from wav import wav
+
+SPEECH = wav()
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: HTTPMessage
+    body: bytes
+
+
+class Wire:
+    """A connection on which the test sends what it likes, when it likes."""
+
+    def __init__(self, server: Server, receive_buffer: int | None = None) -> None:
+        self.socket = socket.socket()
+        if receive_buffer:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.socket.settimeout(60)
+        address = urlsplit(server.url)
+        self.socket.connect((address.hostname, address.port))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def send(self, data: bytes | memoryview) -> None:
+        self.socket.sendall(data)
+
+    def response(self, method: str = "POST") -> HTTPResponse:
+        """The final answer, to be read: those with 100 are passed over."""
+        response = HTTPResponse(self.socket, method=method)
+        response.begin()
+        return response
+
+    def answer(self) -> Answer:
+        with self.response() as response:
+            return Answer(response.status, response.headers, response.read())
+
+
+def head(target: str, headers: Mapping[str, str], method: str = "POST") -> bytes:
+    lines = [f"{method} {target} HTTP/1.1", "Host: localhost"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def chunked(body: bytes) -> bytes:
+    pieces = [body[start : start + 50_000] for start in range(0, len(body), 50_000)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+class Sending(Wire):
+    """An upload that is sent bit by bit."""
+
+    def __init__(
+        self,
+        server: Server,
+        user: User,
+        content: bytes,
+        *,
+        file_first: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(server)
+        parts = [*credentials(user), part("file_wav", content, "speech.wav")]
+        self._rest = memoryview(form(*(reversed(parts) if file_first else parts)))
+        length = {"Content-Length": str(len(self._rest))}
+        self.send(head(UPLOAD, {**FORM, **length, **(headers or {})}))
+
+    def share(self, share: float) -> None:
+        """Send this share of what is left."""
+        size = int(len(self._rest) * share)
+        self.send(self._rest[:size])
+        self._rest = self._rest[size:]
+
+    def finish(self) -> Answer:
+        self.share(1)
+        return self.answer()
+
+
+def working(server: Server) -> list[psutil.Process]:
+    """The encoders that have written some MP3 by now: one may wait for the next upload."""
+
+    def written(encoder: psutil.Process) -> int:
+        with suppress(FileNotFoundError):
+            return Path(f"/proc/{encoder.pid}/fd/1").stat().st_size
+        return 0
+
+    return [encoder for encoder in server.encoders() if written(encoder)]
+
+
+def peak_memory(server: Server) -> int:
+    """The most bytes that the process of the service ever had in memory."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+class Held(NamedTuple):
+    """What a service holds: one child is the encoder that it keeps started ahead."""
+
+    children: int
+    descriptors: int  # besides connections to the database, which it may keep
+    busy_connections: int
+
+
+BACKENDS = """
+SELECT count(*), count(*) FILTER (WHERE state <> 'idle') AS busy
+FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = 'service'
+"""
+
+
+@contextmanager
+def watched(
+    database_url: str, command: Sequence[str] = SERVICE, **settings: str
+) -> Iterator[Server]:
+    """A service whose connections to the database can be told from those of the tests."""
+    settings["DATABASE_URL"] = f"{database_url}&application_name=service"
+    with Server(settings, command) as server:
+        server.database_url = database_url
+        yield server
+
+
+def at_rest(server: Server, expected: Held | None = None) -> Held:
+    """Wait until what a watched service holds is what is expected, or stays as it is."""
+
+    def resting(last: Held, times: int) -> bool:
+        if expected:
+            return last == expected
+        return times >= 10 and last.children == 1 and not last.busy_connections
+
+    async def held(connection: "asyncpg.Connection[Any]") -> Held:
+        row = await connection.fetchrow(BACKENDS)
+        assert row
+        descriptors = psutil.Process(server.process.pid).num_fds()
+        return Held(len(server.children()), descriptors - row["count"], row["busy"])
+
+    async def settled() -> Held:
+        connection = await asyncpg.connect(server.database_url)
+        try:
+            last, times = await held(connection), 0
+            async with asyncio.timeout(30):
+                while not resting(last, times):
+                    await asyncio.sleep(0.01)
+                    now = await held(connection)
+                    last, times = now, times + 1 if now == last else 0
+        except TimeoutError:
+            raise AssertionError(f"it holds {last}, not {expected}") from None
+        finally:
+            await connection.close()
+        return last
+
+    if "http" in server.__dict__:
+        server.http.close()
+        del server.http
+    return asyncio.run(settled())
+
+
+@contextmanager
+def recovery(server: Server) -> Iterator[None]:
+    """After the context the service has to work, and to hold what it held before."""
+    server.convert(SPEECH)
+    before = at_rest(server)
+    yield
+    assert b"Xing" in server.convert(SPEECH)[:1000]
+    at_rest(server, before)
+
+
+def gone(processes: list[psutil.Process]) -> None:
+    wait_for(lambda: not any(process.is_running() for process in processes))
