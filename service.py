@@ -120,8 +120,7 @@ STALL_SECONDS = config("STALL_SECONDS", cast=number(1, 3600), default=30)
 MP3_QUALITY = config("MP3_QUALITY", cast=number(0, 9), default=2)
 FFMPEG = config("FFMPEG", default="")
 
-HEAD_BYTES = 64 << 10  # of a request, and the time for them
-HEAD_SECONDS = 30
+HEAD_BYTES = 64 << 10  # of a request
 JSON_BYTES = 64 << 10  # a registration
 FORM_BYTES = 64 << 10  # what a form may hold beside its file
 LOG_BYTES = 8 << 10  # of what ffmpeg has to say, at the beginning and at the end
@@ -1355,7 +1354,7 @@ class Protocol(HttpToolsProtocol):
 
     def begin_head(self) -> None:
         self.head_bytes: int | None = 0
-        self.head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        self.head_timer = self.loop.call_later(STALL_SECONDS, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
         if self.head_bytes is not None:

@@ -143,7 +143,7 @@ def at_rest(server: Server, expected: Held | None = None) -> Held:
     def resting(last: Held, times: int) -> bool:
         if expected:
             return last == expected
-        return times >= 10 and last.children == 1 and not last.busy_connections
+        return times >= 5 and last.children == 1 and not last.busy_connections
 
     async def held(connection: "asyncpg.Connection[Any]") -> Held:
         row = await connection.fetchrow(BACKENDS)
