@@ -1,0 +1,113 @@
+import socket
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support import FORM, UPLOAD, Server, User, credentials, curl, form, part, problem
+from wav import wav
+from wire import SPEECH
+
+OTHER = wav(5000)
+
+
+def send(server: Server, user: User, content: bytes, key: str, filename: str = "a.wav") -> str:
+    """Upload under a key, and return the link."""
+    response = server.http.post(
+        UPLOAD,
+        content=form(*credentials(user), part("file_wav", content, filename)),
+        headers={**FORM, "Idempotency-Key": key},
+    )
+    assert response.status_code == 201, response.text
+    return str(response.json()["URL for download"])
+
+
+@pytest.mark.parametrize("key", ["1", str(uuid.uuid4()), '"quoted"', "k" * 255])
+def test_repeated_upload_gives_the_same_link_and_is_stored_once(
+    server: Server, user: User, key: str
+) -> None:
+    links = {send(server, user, SPEECH, key) for _ in range(3)}
+    assert len(links) == 1
+    assert server.records(user) == 1
+
+
+def test_uploads_that_arrive_at_once_under_one_key_are_stored_once(
+    server: Server, user: User
+) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        links = pool.map(lambda _: send(server, user, SPEECH, "key"), range(8))
+    assert len(set(links)) == 1
+    assert server.records(user) == 1
+
+
+def test_key_of_another_file_is_refused(server: Server, user: User) -> None:
+    send(server, user, SPEECH, "key")
+    response = server.http.post(
+        UPLOAD,
+        content=form(*credentials(user), part("file_wav", OTHER, "a.wav")),
+        headers={**FORM, "Idempotency-Key": "key"},
+    )
+    assert "Idempotency-Key" in problem(response, 422)
+    assert server.records(user) == 1
+
+
+def test_keys_of_two_users_have_nothing_to_do_with_each_other(server: Server) -> None:
+    links = {send(server, server.register(), SPEECH, "key") for _ in range(2)}
+    assert len(links) == 2
+
+
+def test_uploads_without_a_key_are_all_stored(server: Server, user: User) -> None:
+    assert server.upload(user, SPEECH).status_code == 201
+    assert server.upload(user, SPEECH).status_code == 201
+    assert server.records(user) == 2
+
+
+def test_key_of_a_deleted_record_is_free_again(server: Server, user: User) -> None:
+    link = send(server, user, SPEECH, "key")
+    bearer = {"Authorization": f"Bearer {user.token}"}
+    assert server.http.delete(link, headers=bearer).status_code == 204
+    assert send(server, user, OTHER, "key") != link
+
+
+@pytest.mark.parametrize("key", ["", "k" * 256])
+def test_key_of_another_length_is_refused(server: Server, user: User, key: str) -> None:
+    response = server.http.post(UPLOAD, headers={**FORM, "Idempotency-Key": key})
+    assert "255" in problem(response, 422)
+
+
+def test_curl_retries_after_a_lost_answer_without_storing_twice(
+    server: Server, user: User, tmp_path: Path
+) -> None:
+    """A proxy passes the first upload on and drops its answer; the second one goes through."""
+    service = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    wav_file = tmp_path / "speech.wav"
+    wav_file.write_bytes(SPEECH)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
+
+        def proxy() -> None:
+            for passes in (False, True):
+                client, _ = listener.accept()
+                with client, socket.create_connection(service) as upstream:
+                    sending = pool.submit(pump, client, upstream)
+                    answer = upstream.recv(65536)
+                    if passes:
+                        client.sendall(answer)
+                    client.shutdown(socket.SHUT_RDWR)
+                    sending.result()
+
+        proxying = pool.submit(proxy)
+        reply = curl(
+            *("--retry", "3", "--retry-all-errors", "--retry-delay", "1"),
+            *("-H", "Idempotency-Key: lost", "-H", "Expect:"),
+            *("-F", f"user_token={user.token}", "-F", f"id_user={user.id}"),
+            *("-F", f"file_wav=@{wav_file}"),
+            f"http://127.0.0.1:{listener.getsockname()[1]}{UPLOAD}",
+        )
+        proxying.result()
+    assert reply.status == 201
+    assert server.records(user) == 1
+
+
+def pump(source: socket.socket, sink: socket.socket) -> None:
+    while data := source.recv(65536):
+        sink.sendall(data)
