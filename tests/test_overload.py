@@ -1,0 +1,108 @@
+"""More clients than encoders, and more connections than file descriptors."""
+
+import select
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+from conftest import StartServer
+from support import FORM, SERVICE, UPLOAD, Server, User, credentials, curl, form, part, problem
+from support import wait_for as wait
+from wav import noise
+from wire import SPEECH, Sending, Wire, peak_memory, working
+
+LONG = noise(10_000_000)
+
+
+class Waiting(Wire):
+    """An upload whose client sends its body only when it is told to."""
+
+    def __init__(self, server: Server, user: User) -> None:
+        super().__init__(server)
+        self.body = form(*credentials(user), part("file_wav", SPEECH, "speech.wav"))
+        length = {"Content-Length": str(len(self.body)), "Expect": "100-continue"}
+        self.head(UPLOAD, {**FORM, **length})
+
+    def told(self) -> bool:
+        return bool(select.select([self.socket], [], [], 0)[0])
+
+
+def busy(server: Server, user: User) -> Sending:
+    """An upload that has got as far as its encoder."""
+    sending = Sending(server, user, LONG)
+    sending.share(0.5)
+    wait(lambda: working(server))
+    return sending
+
+
+def test_uploads_wait_in_turn_for_an_encoder_before_they_are_read(
+    start_server: StartServer,
+) -> None:
+    server = start_server(MAX_ENCODERS="1")
+    user = server.register()
+    with busy(server, user) as first, ExitStack() as stack:
+        queue = []
+        for _ in range(4):
+            queue.append(stack.enter_context(Waiting(server, user)))
+            assert server.http.get("/healthz").status_code == 200  # it has come to the queue
+        assert not any(waiting.told() for waiting in queue)
+        assert first.finish().status == 201
+        while queue:
+            waiting = queue.pop(0)
+            wait(waiting.told)
+            assert not any(later.told() for later in queue)
+            waiting.send(waiting.body)
+            assert waiting.answer().status == 201
+
+
+def test_upload_that_waits_too_long_is_told_when_to_come_back(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    server = start_server(MAX_ENCODERS="1", QUEUE_SECONDS="0")
+    user = server.register()
+    (tmp_path / "speech.wav").write_bytes(SPEECH)
+    arguments = (
+        *("-F", f"user_token={user.token}", "-F", f"id_user={user.id}"),
+        *("-F", "file_wav=@speech.wav", server.url + UPLOAD),
+    )
+    with busy(server, user) as first, ThreadPoolExecutor() as pool:
+        refused = server.upload(user, SPEECH)
+        assert "busy" in problem(refused, 503)
+        assert int(refused.headers["Retry-After"]) > 0
+        retrying = pool.submit(curl, "--retry", "9", *arguments, cwd=tmp_path)
+        wait(lambda: server.log.count("503") == 2)
+        assert first.finish().status == 201
+        assert retrying.result().status == 201
+
+
+def test_many_uploads_at_once_are_all_converted(start_server: StartServer) -> None:
+    server = start_server(MAX_ENCODERS="4")
+    user = server.register()
+    link = server.upload(user, SPEECH).json()["URL for download"]
+    before = peak_memory(server)
+    with ThreadPoolExecutor(60) as pool:
+        uploads = [pool.submit(server.upload, user, LONG[:2_000_000]) for _ in range(3)]
+        uploads += [pool.submit(server.upload, user, SPEECH) for _ in range(57)]
+        wait(lambda: working(server))
+        assert server.http.get(link).status_code == 200
+        assert server.register()
+        assert len(server.encoders()) <= 5  # one of them started ahead
+        statuses = [upload.result().status_code for upload in uploads]
+    assert statuses.count(422) == 3  # cut off, and told so
+    assert statuses.count(201) == 57
+    wait(lambda: len(server.encoders()) == 1)
+    # Each may have some 300 KB on the way: what uvicorn and the kernel read ahead.
+    assert peak_memory(server) - before < 60 * 400_000
+
+
+def test_running_out_of_descriptors_is_answered(start_server: StartServer) -> None:
+    limited = ("sh", "-c", 'ulimit -n 64 && exec "$@"', "sh", *SERVICE)
+    server = start_server(limited)
+    user = server.register()
+    assert server.upload(user, SPEECH).status_code == 201
+    with ExitStack() as stack:
+        while server.upload(user, SPEECH).status_code == 201:
+            stack.enter_context(Wire(server))
+        refused = server.upload(user, SPEECH)
+        assert "again" in problem(refused, 503)
+    wait(lambda: server.upload(user, SPEECH).status_code == 201)
