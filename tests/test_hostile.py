@@ -1,0 +1,176 @@
+"""What an attacker sends: no answer is a 500, and none takes long or much memory."""
+
+import io
+import re
+import struct
+import zipfile
+from collections.abc import Iterator
+
+import httpx
+import psutil
+import pytest
+from conftest import StartServer
+from support import FORM, UPLOAD, Server, User, credentials, form, part, problem, wait_for
+from wav import chunk, ffmpeg, noise, pcm_format, riff, wav
+from wire import SPEECH, Sending, Wire, peak_memory, working
+
+PCM = pcm_format(1, 16, 44100, 2)
+
+
+def archive() -> bytes:
+    with io.BytesIO() as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("speech.wav", SPEECH)
+        return file.getvalue()
+
+
+def spdif() -> bytes:
+    """AC-3 in the bursts of IEC 61937, which look like samples."""
+    return riff(pcm_format(1, 16, 48000, 2), ffmpeg("-f", "spdif", "-c:a", "ac3", stdin=wav(48000)))
+
+
+def disagreeing(**fields: int) -> bytes:
+    names = ("tag", "channels", "rate", "bytes_per_second", "align", "bits")
+    values = dict(zip(names, struct.unpack("<HHIIHH", PCM), strict=True)) | fields
+    return riff(struct.pack("<HHIIHH", *values.values()), bytes(4000))
+
+
+FILES = {
+    "HLS playlist": b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n",
+    "concat script": b"ffconcat version 1.0\nfile /etc/passwd\n",
+    "SDP": b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=audio 5004 RTP/AVP 0\n",
+    "zip": archive(),
+    "S/PDIF": spdif(),
+    "too many channels": disagreeing(channels=65535),
+    "65535 channels of a byte": disagreeing(channels=65535, bits=8, align=65535),
+    "1 Hz": disagreeing(rate=1),
+    "4 GHz": disagreeing(rate=2**32 - 1),
+    "no block": disagreeing(align=0),
+    "another block": disagreeing(align=7),
+    "another width": disagreeing(bits=24),
+    "65535 bits": disagreeing(bits=65535),
+    "nested": riff(PCM, b"", before=riff(PCM, bytes(400))),
+    "absurd chunk": b"RIFF\xff\xff\xff\xffWAVE" + b"junk\xf0\xff\xff\xff" + bytes(4000),
+    "absurd format": b"RIFF\xff\xff\xff\xffWAVEfmt \xff\xff\xff\xff" + bytes(4000),
+}
+
+
+@pytest.mark.parametrize("content", FILES.values(), ids=FILES)
+def test_file_that_is_not_what_it_says_is_refused(
+    server: Server, user: User, content: bytes
+) -> None:
+    detail = problem(server.upload(user, content), 422)
+    assert not re.search("0x[0-9a-f]{6}|/dev/|pipe:|/etc/", detail)
+    assert server.records(user) == 0
+
+
+def flood(size: int) -> Iterator[bytes]:
+    yield from (bytes(1 << 16) for _ in range(size >> 16))
+
+
+FORMS = {
+    "many parts": b"".join(part(f"n{number}", "x") for number in range(10_000)),
+    "header of a megabyte": b"--frontier\r\nX: " + bytes(1 << 20) + b"\r\n\r\n\r\n",
+    "header name of a megabyte": b"--frontier\r\n" + b"X" * (1 << 20) + b": y\r\n\r\n\r\n",
+    "many headers": b"--frontier\r\n" + b"X: y\r\n" * 10_000 + b"\r\n\r\n",
+    "long text": part("user_token", "x" * 10_000),
+    "nested": part("user_token", form(part("id_user", "1"))),
+    "nothing but a name": b'--frontier\r\nContent-Disposition: form-data; name="id_user',
+    "no disposition": b"--frontier\r\n\r\nx\r\n",
+}
+
+
+@pytest.mark.parametrize("parts", FORMS.values(), ids=FORMS)
+def test_abused_form_is_refused(server: Server, user: User, parts: bytes) -> None:
+    response = server.send(parts, *credentials(user), part("file_wav", b"", ""))
+    assert 400 <= response.status_code < 500
+    problem(response, response.status_code)
+
+
+@pytest.mark.parametrize("boundary", ["", "x" * 300, '"', "\x80", "a; boundary=b"])
+def test_absurd_boundary_is_refused(server: Server, boundary: str) -> None:
+    content_type = f"multipart/form-data; boundary={boundary}".encode("latin-1")
+    headers = httpx.Headers({b"Content-Type": content_type})
+    response = server.http.post(UPLOAD, content=form(part("a", "b")), headers=headers)
+    problem(response, 400)
+
+
+def test_text_field_without_end_takes_no_memory(start_server: StartServer) -> None:
+    server = start_server()
+    server.register()
+    before = peak_memory(server)
+    content = iter([part("user_token", "")[:-2], *flood(100 << 20)])
+    problem(server.http.post(UPLOAD, content=content, headers=FORM), 413)
+    assert peak_memory(server) - before < 8 << 20
+
+
+def test_head_of_a_request_without_end_takes_no_memory(start_server: StartServer) -> None:
+    server = start_server()
+    server.register()
+    before = peak_memory(server)
+    with Wire(server) as wire, pytest.raises(OSError):
+        wire.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+        for _ in range(1000):
+            wire.send(b"X: " + b"y" * 60_000 + b"\r\n")
+    assert peak_memory(server) - before < 8 << 20
+
+
+@pytest.mark.parametrize(
+    "filename", ["a\0b.wav", 'a"b.wav', "%22.wav", "\r\n.wav", "\ud800", "x" * 4000, "../../x", "."]
+)
+def test_hostile_filename_is_tamed(server: Server, user: User, filename: str) -> None:
+    disposition = f'form-data; name="file_wav"; filename="{filename}"'
+    head = f"--frontier\r\nContent-Disposition: {disposition}\r\n\r\n"
+    body = head.encode(errors="surrogatepass") + SPEECH + b"\r\n"
+    response = server.send(*credentials(user), body)
+    assert response.status_code in (201, 400)
+    if response.status_code == 201:
+        saved = server.http.head(response.json()["URL for download"])
+        assert re.fullmatch(
+            r'attachment; filename="[\w .()+,=@~-]+\.mp3"(; filename\*=UTF-8\'\'[\w.%~-]+)?',
+            saved.headers["Content-Disposition"],
+            re.ASCII,
+        )
+
+
+HUGE = str(2**63), "9" * 5000, "-1", "+1", "1_0", "\u0661", "\0", "", "1e3", " 1"
+
+
+@pytest.mark.parametrize("id_user", HUGE)
+def test_id_that_is_none_is_nobody(server: Server, user: User, id_user: str) -> None:
+    bearer = {"Authorization": f"Bearer {user.token}"}
+    link = {"id_user": id_user, "id_record": "00000000-0000-0000-0000-000000000000"}
+    assert server.http.get("/api/download", params=link).status_code == 404
+    assert server.http.delete("/api/download", params=link, headers=bearer).status_code == 404
+    listing = server.http.get("/api/records", params={"id_user": id_user}, headers=bearer)
+    assert listing.status_code == 401
+
+
+@pytest.mark.parametrize("query", ["%", "%00", "%ff%fe", "id_user=%00&id_record=%ff", "&&==;", "é"])
+@pytest.mark.parametrize("path", ["/api/download", "/api/records", "/", "/healthz", "/%ff/%00"])
+def test_malformed_query_is_no_fault_of_the_service(server: Server, path: str, query: str) -> None:
+    with Wire(server) as wire:
+        wire.send(f"GET {path}?{query} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert wire.answer().status in (200, 400, 401, 404)
+
+
+@pytest.mark.parametrize("value", ["Bearer", "Bearer \xff", "Basic eA==", "bearer " + "x" * 9000])
+def test_malformed_authorization_is_refused(server: Server, value: str) -> None:
+    headers = httpx.Headers({b"Authorization": value.encode("latin-1")})
+    problem(server.http.get("/api/records", params={"id_user": 1}, headers=headers), 401)
+
+
+def test_encoder_is_bounded_and_knows_nothing(server: Server, user: User) -> None:
+    with Sending(server, user, noise(10_000_000)) as sending:
+        sending.share(0.5)
+        [encoder] = wait_for(lambda: working(server))
+        assert encoder.environ() == {"LC_ALL": "C"}
+        assert encoder.nice() == 19
+        assert encoder.rlimit(psutil.RLIMIT_CPU)[0] < 200
+        assert encoder.rlimit(psutil.RLIMIT_FSIZE)[0] < 90_000_000
+        assert sending.finish().status == 201
+
+
+def test_chunks_before_the_audio_may_be_large(server: Server, user: User) -> None:
+    content = riff(PCM, bytes(4000), before=chunk(b"junk", bytes(3_000_001)))
+    assert server.upload(user, content).status_code == 201
