@@ -132,7 +132,7 @@ SLICE_BYTES = 256 << 10  # of a download in memory
 CONNECTIONS = 10
 QUERY_SECONDS = 60
 CLOSE_SECONDS = 5
-RETRY_PAUSES = (0.1, 1.0)  # before another try where the database went away
+RETRY_PAUSES = (0.1, 1, 2)  # before another try where the database went away
 RETRY_AFTER = {"Retry-After": "2"}  # seconds
 LINGER_SECONDS = 10  # for a client to notice an answer that came before the end of its body
 GRACE_SECONDS = 25  # for requests in progress at shutdown: container engines kill after 30
@@ -955,6 +955,8 @@ async def store(
                     "records", source=source, columns=COPY_COLUMNS, format="binary"
                 )
                 return id_record
+            except RuntimeError as error:  # uvloop's, of a connection that broke meanwhile
+                raise ConnectionResetError from error
             except asyncpg.UniqueViolationError:
                 if not (stored := await pool.fetchrow(SELECT_KEY, id_user, key)):
                     continue  # deleted meanwhile

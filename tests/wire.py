@@ -33,6 +33,7 @@ class Wire:
         self.socket.settimeout(60)
         address = urlsplit(server.url)
         self.socket.connect((address.hostname, address.port))
+        self._host = address.netloc
 
     def __enter__(self) -> Self:
         return self
@@ -43,6 +44,12 @@ class Wire:
     def send(self, data: bytes | memoryview) -> None:
         self.socket.sendall(data)
 
+    def head(self, target: str, headers: Mapping[str, str], method: str = "POST") -> None:
+        """Send the head of a request."""
+        lines = [f"{method} {target} HTTP/1.1", f"Host: {self._host}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        self.send("\r\n".join([*lines, "", ""]).encode())
+
     def response(self, method: str = "POST") -> HTTPResponse:
         """The final answer, to be read: those with 100 are passed over."""
         response = HTTPResponse(self.socket, method=method)
@@ -52,12 +59,6 @@ class Wire:
     def answer(self) -> Answer:
         with self.response() as response:
             return Answer(response.status, response.headers, response.read())
-
-
-def head(target: str, headers: Mapping[str, str], method: str = "POST") -> bytes:
-    lines = [f"{method} {target} HTTP/1.1", "Host: localhost"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def chunked(body: bytes) -> bytes:
@@ -81,7 +82,7 @@ class Sending(Wire):
         parts = [*credentials(user), part("file_wav", content, "speech.wav")]
         self._rest = memoryview(form(*(reversed(parts) if file_first else parts)))
         length = {"Content-Length": str(len(self._rest))}
-        self.send(head(UPLOAD, {**FORM, **length, **(headers or {})}))
+        self.head(UPLOAD, {**FORM, **length, **(headers or {})})
 
     def share(self, share: float) -> None:
         """Send this share of what is left."""
