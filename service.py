@@ -1308,7 +1308,7 @@ def routes(path: str, methods: dict[str, Callable[[Request], Awaitable[Response]
                 raise HTTPException(503, detail, RETRY_AFTER) from None
             raise
 
-    return [Route(p, endpoint, methods=list(methods)) for p in {path, path.rstrip("/") + "/"}]
+    return [Route(p, endpoint, methods=list(methods)) for p in (path, path.rstrip("/") + "/")]
 
 
 def create_app(
@@ -1325,9 +1325,9 @@ def create_app(
     """
     app = Starlette(
         routes=[
-            *routes("/api/registration", {"POST": register}),
-            *routes("/api/upload_audiorecord", {"POST": upload}),
             *routes("/api/download", {"GET": download, "DELETE": delete}),
+            *routes("/api/upload_audiorecord", {"POST": upload}),
+            *routes("/api/registration", {"POST": register}),
             *routes("/api/records", {"GET": records}),
             *routes("/", {"GET": usage}),
             *routes("/openapi.json", {"GET": openapi}),
