@@ -202,6 +202,7 @@ RETURNING id_record
 DATABASE_DOWN = (
     OSError,  # refused, reset, timed out; also a full disk
     asyncpg.InterfaceError,  # the connection or the pool is closed
+    asyncpg.InternalClientError,  # the connection broke in mid-COPY
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,  # PostgreSQL is starting or stopping
     asyncpg.InsufficientResourcesError,  # no disk, memory or connection left
@@ -789,6 +790,10 @@ class Running:
                 await (await self.spare).close()
 
 
+async def nothing_to_reset(connection: object) -> None:
+    """Take the place of a query after each query, which would undo what is never done here."""
+
+
 async def close_pool(pool: "asyncpg.Pool[asyncpg.Record]") -> None:
     with suppress(TimeoutError):  # a pool is terminated where its closing is
         async with asyncio.timeout(CLOSE_SECONDS):
@@ -808,7 +813,11 @@ async def start(app: Starlette) -> Running:
                 stack.push_async_callback(asyncio.to_thread, postgres.__exit__, None, None, None)
                 logger.info("Embedded PostgreSQL keeps its data in %s", DATA_DIR)
             pool = asyncpg.create_pool(
-                url, min_size=1, max_size=CONNECTIONS, command_timeout=QUERY_SECONDS
+                url,
+                min_size=1,
+                max_size=CONNECTIONS,
+                command_timeout=QUERY_SECONDS,
+                reset=nothing_to_reset,
             )
             stack.push_async_callback(close_pool, pool)
             await pool
@@ -1071,7 +1080,7 @@ HTTP_DATES = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %
 
 def http_date(header: str) -> datetime | None:
     """Return the time in a date header (RFC 9110 section 5.6.7), None where it is malformed."""
-    for form in HTTP_DATES:
+    for form in HTTP_DATES if header else ():  # most requests have none
         with suppress(ValueError):
             return datetime.strptime(header, form).replace(tzinfo=UTC)
     return None

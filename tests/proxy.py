@@ -15,7 +15,6 @@ class Proxy:
 
     def __init__(self, address: tuple[str, int] | str) -> None:
         self.cut_at: bytes | None = None
-        self.cuts = 0
         self._address = address
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets: list[socket.socket] = []
@@ -62,7 +61,6 @@ class Proxy:
             while data := source.recv(65536):
                 if answers and self.cut_at and self.cut_at in data:
                     self.cut_at = None
-                    self.cuts += 1
                     break
                 target.sendall(data)
         self._cut(source, target)

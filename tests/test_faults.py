@@ -36,7 +36,7 @@ from support import (
     wait_for,
 )
 from wav import noise
-from wire import SPEECH, Answer, Sending, Wire, gone, recovery, watched, working
+from wire import SPEECH, Answer, Sending, Wire, at_rest, gone, recovery, watched, working
 
 LONG = noise(10_000_000)
 
@@ -353,6 +353,7 @@ def test_restart_of_postgresql_in_mid_download_is_not_noticed(
 ) -> None:
     link, content = large_record(service, service.register())
     with recovery(service), Downloading(service, link) as downloading:
+        at_rest(service)  # until the client takes more
         restart(database)
         assert downloading.finish() == content
 

@@ -1,9 +1,10 @@
-import socket
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+from proxy import Proxy
 from support import FORM, UPLOAD, Server, User, credentials, curl, form, part, problem
 from wav import wav
 from wire import SPEECH
@@ -78,36 +79,18 @@ def test_key_of_another_length_is_refused(server: Server, user: User, key: str) 
 def test_curl_retries_after_a_lost_answer_without_storing_twice(
     server: Server, user: User, tmp_path: Path
 ) -> None:
-    """A proxy passes the first upload on and drops its answer; the second one goes through."""
-    service = ("127.0.0.1", int(server.url.rpartition(":")[2]))
     wav_file = tmp_path / "speech.wav"
     wav_file.write_bytes(SPEECH)
-    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
-
-        def proxy() -> None:
-            for passes in (False, True):
-                client, _ = listener.accept()
-                with client, socket.create_connection(service) as upstream:
-                    sending = pool.submit(pump, client, upstream)
-                    answer = upstream.recv(65536)
-                    if passes:
-                        client.sendall(answer)
-                    client.shutdown(socket.SHUT_RDWR)
-                    sending.result()
-
-        proxying = pool.submit(proxy)
+    address = urlsplit(server.url)
+    with Proxy((str(address.hostname), address.port or 80)) as proxy:
+        proxy.cut_at = b"HTTP/1.1 201"
         reply = curl(
             *("--retry", "3", "--retry-all-errors", "--retry-delay", "1"),
-            *("-H", "Idempotency-Key: lost", "-H", "Expect:"),
+            *("-H", "Idempotency-Key: lost"),
             *("-F", f"user_token={user.token}", "-F", f"id_user={user.id}"),
             *("-F", f"file_wav=@{wav_file}"),
-            f"http://127.0.0.1:{listener.getsockname()[1]}{UPLOAD}",
+            f"http://127.0.0.1:{proxy.port}{UPLOAD}",
         )
-        proxying.result()
+        assert proxy.cut_at is None
     assert reply.status == 201
     assert server.records(user) == 1
-
-
-def pump(source: socket.socket, sink: socket.socket) -> None:
-    while data := source.recv(65536):
-        sink.sendall(data)
