@@ -1236,7 +1236,9 @@ NEWEST = "9999-12-31T00:00:00Z_ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 async def usage(request: Request) -> Response:
     """Say how to use the service, in lines to paste."""
-    return PlainTextResponse(USAGE.format(base=base_url(request), limit=MAX_UPLOAD_BYTES))
+    limits = {"limit": MAX_UPLOAD_BYTES, "stall": STALL_SECONDS, "queue": QUEUE_SECONDS}
+    text = USAGE.format(base=base_url(request), encoders=MAX_ENCODERS, **limits)
+    return PlainTextResponse(text)
 
 
 USAGE = """\
@@ -1251,7 +1253,8 @@ List your recordings, and delete one:
   curl -H 'Authorization: Bearer TOKEN' '{base}/api/records?id_user=ID'
   curl -H 'Authorization: Bearer TOKEN' -X DELETE 'THE LINK'
 
-A WAV may have {limit} bytes. {base}/openapi.json says the rest.
+A WAV may have {limit} bytes; an upload may pause for {stall} s; {encoders} run at once, others wait
+for up to {queue} s. {base}/openapi.json says the rest.
 """
 
 

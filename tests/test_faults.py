@@ -331,8 +331,7 @@ def test_restart_of_postgresql_between_requests_is_not_noticed(
     assert service.records(user) == 1  # one uploaded, one deleted
 
 
-@pytest.mark.parametrize("mode", ["fast", "immediate"])
-@pytest.mark.parametrize("file_first", [False, True])
+@pytest.mark.parametrize("mode, file_first", [("fast", False), ("immediate", True)])
 def test_restart_of_postgresql_during_an_encoding_is_not_noticed(
     database: Postgres, service: Server, mode: str, file_first: bool
 ) -> None:
@@ -358,49 +357,33 @@ def test_restart_of_postgresql_in_mid_download_is_not_noticed(
         assert downloading.finish() == content
 
 
-def test_nothing_but_healthz_works_while_postgresql_is_down(
+def test_only_health_is_answered_while_postgresql_is_down(
     database: Postgres, service: Server, outage: Callable[[str], None]
 ) -> None:
     user = service.register()
-    link = link_of(service.upload(user, SPEECH))
+    link, content = large_record(service, user)
     with recovery(service):
-        outage("fast")
-        with ThreadPoolExecutor() as threads:
-            calls = [threads.submit(call, service, user, link) for call in CALLS.values()]
-            for call in calls:
-                unavailable(call.result())
-        unavailable(service.http.get("/readyz"))
-        assert service.http.get("/healthz").status_code == 200
-        database.start()
-        assert service.http.get("/readyz").status_code == 200
-    assert service.records(user) == 1
-
-
-def test_upload_that_postgresql_does_not_live_to_see_is_answered_503(
-    database: Postgres, service: Server, outage: Callable[[str], None]
-) -> None:
-    user = service.register()
-    with recovery(service):
-        with Sending(service, user, LONG) as sending:
+        with (
+            Sending(service, user, LONG) as sending,
+            Downloading(service, link) as downloading,
+            ThreadPoolExecutor() as threads,
+        ):
             sending.share(0.5)
             wait_for(lambda: working(service))
             outage("fast")
-            unavailable(sending.finish())
-        database.start()
-    assert service.records(user) == 0
-
-
-def test_download_is_cut_off_where_postgresql_stays_away(
-    database: Postgres, service: Server, outage: Callable[[str], None]
-) -> None:
-    link, content = large_record(service, service.register())
-    with recovery(service):
-        with Downloading(service, link) as downloading:
-            outage("fast")
+            calls = [threads.submit(call, service, user, link) for call in CALLS.values()]
+            upload, download = threads.submit(sending.finish), threads.submit(downloading.finish)
+            for call in calls:
+                unavailable(call.result())
+            unavailable(upload.result())
             with pytest.raises(IncompleteRead):
-                downloading.finish()
+                download.result()
+            unavailable(service.http.get("/readyz"))
+            assert service.http.get("/healthz").status_code == 200
         database.start()
+        assert service.http.get("/readyz").status_code == 200
         assert service.http.get(link).content == content
+    assert service.records(user) == 1
 
 
 @pytest.fixture(scope="module")

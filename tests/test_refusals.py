@@ -1,0 +1,118 @@
+"""An answer that comes before the end of the body reaches every kind of client."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from support import FORM, UPLOAD, Postgres, Server, User, credentials, curl, form, part, wait_for
+from wav import noise
+from wire import SPEECH, Sending, Wire, chunked
+
+LONG = noise(20_000_000)  # more than the sockets hold
+
+
+@pytest.fixture(scope="module")
+def strict(postgres: Postgres) -> Iterator[Server]:
+    """A service that takes 100,000 bytes, one upload at a time."""
+    settings = {"MAX_UPLOAD_BYTES": "100000", "MAX_ENCODERS": "1", "QUEUE_SECONDS": "0"}
+    with Server({"DATABASE_URL": postgres.create_database(), **settings}) as strict:
+        assert strict.url
+        yield strict
+
+
+@pytest.fixture
+def refusing(status: int, server: Server, strict: Server) -> Iterator[tuple[Server, User]]:
+    """A service, and a user to whom it will give the status."""
+    with ExitStack() as stack:
+        refusing = strict if status in (413, 503) else server
+        user = refusing.register()
+        if status == 503:
+
+            def busy() -> bool:
+                """Whether an upload has the encoder, which an earlier test may still have had."""
+                headers = {"Expect": "100-continue"}
+                sending = stack.enter_context(Sending(refusing, user, SPEECH, headers=headers))
+                return sending.socket.recv(12) == b"HTTP/1.1 100"
+
+            wait_for(busy)
+        elif status == 401:
+            user = User(user.id, "wrong")
+        yield refusing, user
+
+
+def media_type(status: int) -> str:
+    return "multipart/mixed" if status == 415 else "multipart/form-data"
+
+
+STATUSES = pytest.mark.parametrize("status", [401, 413, 415, 503])
+FRAMINGS = pytest.mark.parametrize("framing", ["declared", "chunked"])
+EXPECT = pytest.mark.parametrize("expect", [False, True])
+
+
+@STATUSES
+@FRAMINGS
+@EXPECT
+def test_refusal_reaches_a_client_that_sends_everything_before_it_reads(
+    refusing: tuple[Server, User], status: int, framing: str, expect: bool
+) -> None:
+    server, user = refusing
+    body = form(*credentials(user), part("file_wav", LONG, "long.wav"))
+    headers = {
+        "Content-Type": FORM["Content-Type"].replace("multipart/form-data", media_type(status))
+    }
+    if framing == "declared":
+        headers["Content-Length"] = str(len(body))
+    else:
+        headers["Transfer-Encoding"] = "chunked"
+        body = chunked(body)
+    if expect:
+        headers["Expect"] = "100-continue"
+    with Wire(server) as wire:
+        wire.head(UPLOAD, headers)
+        wire.send(body)
+        answer = wire.answer()
+    assert answer.status == status
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert (answer.headers["Retry-After"] is not None) == (status == 503)
+
+
+@STATUSES
+@FRAMINGS
+@EXPECT
+def test_refusal_reaches_curl(
+    refusing: tuple[Server, User], status: int, framing: str, expect: bool, tmp_path: Path
+) -> None:
+    server, user = refusing
+    file = tmp_path / "long.wav"
+    file.write_bytes(LONG)
+    options = ["-H", f"Expect: {'100-continue' if expect else ''}".rstrip()]
+    if framing == "chunked":
+        options += ["-H", "Transfer-Encoding: chunked"]
+    if status == 415:
+        options += ["-H", f"Content-Type: {media_type(status)}"]
+    fields = [f"user_token={user.token}", f"id_user={user.id}", f"file_wav=@{file}"]
+    for field in fields:
+        options += ["-F", field]
+    reply = curl(*options, server.url + UPLOAD)
+    assert reply.status == reply.json()["status"] == status
+
+
+@pytest.mark.parametrize(
+    "status, headers",
+    [
+        (401, {"Authorization": "Bearer wrong"}),
+        (413, {}),
+        (415, {"Content-Type": "audio/wav"}),
+        (422, {"Idempotency-Key": "k" * 256}),
+        (503, {}),
+    ],
+)
+def test_refusal_known_from_the_head_spares_the_client_its_body(
+    refusing: tuple[Server, User], status: int, headers: dict[str, str]
+) -> None:
+    server, user = refusing
+    sizes = {"Content-Length": str(len(LONG)), "Expect": "100-continue"}
+    with Wire(server) as wire:
+        wire.head(f"{UPLOAD}?id_user={user.id}", {**FORM, **sizes, **headers})
+        assert wire.socket.recv(12) == f"HTTP/1.1 {status}".encode()
