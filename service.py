@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import mmap
 import os
 import re
 import resource
@@ -56,9 +57,10 @@ from contextlib import (
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, Popen
+from subprocess import DEVNULL, PIPE, Popen, run
 from tempfile import TemporaryFile
 from types import FrameType
 from typing import BinaryIO, TypeVar
@@ -68,7 +70,7 @@ import asyncpg
 import uvicorn
 from imageio_ffmpeg import get_ffmpeg_exe
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 from starlette.applications import Starlette
 from starlette.config import Config
 from starlette.datastructures import Headers
@@ -87,42 +89,39 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 logger = logging.getLogger("service")
 
-# Settings ------------------------------------------------------------------------------------
+# Settings -----------------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
 
 
-def number(low: int, high: int) -> Callable[[str | int], int]:
-    """Return a cast for Config that takes a whole number from low to high."""
-
-    def cast(value: str | int) -> int:
-        if not low <= int(value) <= high:
-            raise ValueError
-        return int(value)
-
-    cast.__name__ = f"number from {low} to {high}"
-    return cast
-
-
 config = Config(HERE / ".env" if (HERE / ".env").is_file() else None)
+
+
+def number(name: str, default: int, low: int, high: int) -> int:
+    """Return the setting of that name. Raises ValueError where it is not from low to high."""
+    value = config(name, cast=int, default=default)
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}, and has to be from {low} to {high}")
+    return value
+
 
 DATABASE_URL = config("DATABASE_URL", default="")
 DATA_DIR = HERE / config("DATA_DIR", default="data")
 HOST = config("HOST", default="127.0.0.1")
-PORT = config("PORT", cast=number(0, 65535), default=5000)
+PORT = number("PORT", 5000, 0, 65535)
 BASE_URL = config("BASE_URL", default="")
-MAX_UPLOAD_BYTES = config("MAX_UPLOAD_BYTES", cast=number(1, 1 << 31), default=1 << 30)
-MAX_ENCODERS = config("MAX_ENCODERS", cast=number(1, 1000), default=32)
-QUEUE_SECONDS = config("QUEUE_SECONDS", cast=number(0, 3600), default=30)
-STALL_SECONDS = config("STALL_SECONDS", cast=number(1, 3600), default=30)
-MP3_QUALITY = config("MP3_QUALITY", cast=number(0, 9), default=2)
+MAX_UPLOAD_BYTES = number("MAX_UPLOAD_BYTES", 1 << 30, 1, 1 << 31)
+MAX_ENCODERS = number("MAX_ENCODERS", 32, 1, 1000)
+QUEUE_SECONDS = number("QUEUE_SECONDS", 30, 0, 3600)
+STALL_SECONDS = number("STALL_SECONDS", 30, 1, 3600)
+MP3_QUALITY = number("MP3_QUALITY", 2, 0, 9)
 FFMPEG = config("FFMPEG", default="")
 
 HEAD_BYTES = 64 << 10  # of a request
 JSON_BYTES = 64 << 10  # a registration
 FORM_BYTES = 64 << 10  # what a form may hold beside its file
 LOG_BYTES = 8 << 10  # of what ffmpeg has to say, at the beginning and at the end
-TEXT_LENGTH = 1000  # of a field: a token has 36 characters
+TEXT_BYTES = 1000  # of a field: a token has 36
 MAX_PARTS = 100  # of a form: strangers' fields are tolerated, a flood of them is not
 MP3_BYTES = 1_000_000_000  # a bytea holds a GiB, less some
 PIPE_BYTES = 1 << 20  # of WAV on its way to ffmpeg: Linux lets any user have that much
@@ -141,7 +140,7 @@ READY_SECONDS = 1.5
 PAGE = 100
 MAX_PAGE = 1000
 
-# SQL -----------------------------------------------------------------------------------------
+# SQL ----------------------------------------------------------------------------------------------
 
 # The update touches no row but the one that this very token made: a retry after a lost answer.
 INSERT_USER = """
@@ -158,11 +157,6 @@ SELECT id_user
 FROM users
 WHERE token_sha256 = $1
 """
-
-COPY_COLUMNS = (
-    *("id_user", "id_record", "idempotency_key", "wav_sha256"),
-    *("filename", "size", "duration", "mp3", "sha256"),
-)
 
 SELECT_KEY = """
 SELECT id_record, wav_sha256
@@ -197,9 +191,9 @@ WHERE id_user = $1 AND id_record = $2
 RETURNING id_record
 """
 
-# Errors ------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------
 
-DATABASE_DOWN = (
+OUT_OF_ORDER = (
     OSError,  # refused, reset, timed out; also a full disk
     asyncpg.InterfaceError,  # the connection or the pool is closed
     asyncpg.InternalClientError,  # the connection broke in mid-COPY
@@ -223,7 +217,7 @@ async def retried(query: Callable[..., Awaitable[T]], *args: object) -> T:
             return await query(*args)
         except TimeoutError:
             raise  # it hangs, and would again
-        except DATABASE_DOWN as error:
+        except OUT_OF_ORDER as error:
             logger.warning("The database went away, trying again: %r", error)
             await asyncio.sleep(pause)
     return await query(*args)
@@ -233,26 +227,26 @@ class EncoderFailure(Exception):
     """An encoder stopped through no fault of the upload."""
 
 
+BODY_READ = "service.body_read"  # in the scope of a request whose body has been read to its end
+
+
 class Problem(JSONResponse):
     """An error as RFC 9457 has it, sent so that a client still busy with its body receives it."""
 
     media_type = "application/problem+json"
 
-    def __init__(
-        self, request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
         title = HTTPStatus(status).phrase
         content = {"type": "about:blank", "title": title, "status": status, "detail": detail}
         super().__init__(content, status, headers)
-        sends_body = request.headers.get("content-length", "0") != "0"
-        sends_body |= "transfer-encoding" in request.headers
-        self.lingers = sends_body and not request.scope.get(BODY_READ)
-        if self.lingers and request.scope["http_version"].startswith("1"):
-            self.headers["connection"] = "close"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self.lingers:
+        asked = Headers(scope=scope)
+        sends_body = asked.get("content-length", "0") != "0" or "transfer-encoding" in asked
+        if scope.get(BODY_READ) or not sends_body:
             return await super().__call__(scope, receive, send)
+        if scope["http_version"].startswith("1"):
+            self.headers["connection"] = "close"
         start = {"type": "http.response.start", "status": self.status_code}
         await send({**start, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
@@ -269,28 +263,26 @@ async def on_error(request: Request, error: Exception) -> Response:
     """Answer an exception: the one place where exceptions become responses."""
     match error:
         case HTTPException(status_code=404, detail="Not Found"):
-            return Problem(request, 404, "There is nothing here. GET / tells how to use this.")
+            return Problem(404, "There is nothing here. GET / tells how to use this.")
         case HTTPException(status_code=405, headers=headers):
-            return Problem(request, 405, "Use a method that the Allow header names.", headers)
+            return Problem(405, "Use a method that the Allow header names.", headers)
         case HTTPException():
-            return Problem(request, error.status_code, error.detail, error.headers)
+            return Problem(error.status_code, error.detail, error.headers)
         case FormParserError():
-            return Problem(request, 400, f"The form is malformed: {error}. Send it anew.")
+            return Problem(400, f"The form is malformed: {error}. Send it anew.")
         case ClientDisconnect():
             return Response(status_code=400)  # to nobody
         case EncoderFailure():
             logger.error("The encoder failed: %s", error)
-            return Problem(request, 503, "The encoder failed. Send the file again.", RETRY_AFTER)
-        case _ if isinstance(error, DATABASE_DOWN):
+            return Problem(503, "The encoder failed. Send the file again.", RETRY_AFTER)
+        case _ if isinstance(error, OUT_OF_ORDER):
             logger.error("Out of order: %r", error)
             detail = "The database or the disk is out of order. Try again later."
-            return Problem(request, 503, detail, RETRY_AFTER)
-    return Problem(request, 500, "This is a fault of the service, and is in its log.")
+            return Problem(503, detail, RETRY_AFTER)
+    return Problem(500, "This is a fault of the service, and is in its log.")
 
 
-# Bodies and forms --------------------------------------------------------------------------------
-
-BODY_READ = "service.body_read"  # in the scope of a request whose body has been read to its end
+# Bodies and forms ---------------------------------------------------------------------------------
 
 
 def whole_number(text: str) -> int | None:
@@ -335,6 +327,9 @@ def bearer_token(request: Request) -> str:
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
+CONTROLS = ("Cc", "Cs")  # Unicode categories: control characters, lone surrogates
+
+
 def mp3_name(filename: str) -> str:
     """Return a name for the MP3 made from filename: one that every file system takes.
 
@@ -346,7 +341,7 @@ def mp3_name(filename: str) -> str:
     return stem.encode()[:251].decode(errors="ignore") + ".mp3"
 
 
-CONTROLS = ("Cc", "Cs")  # Unicode categories: control characters, lone surrogates
+TEXTS = ("user_token", "id_user")
 
 
 class Form:
@@ -377,12 +372,11 @@ class Form:
                 "on_header_end": self._header_end,
                 "on_headers_finished": self._headers_finished,
                 "on_part_data": self._data,
-                "on_end": self._finish,
+                "on_part_end": self._part_end,
             },
         )
         self._parts = 0
         self._chunks: list[memoryview] = []
-        self._complete = False
 
     @property
     def has_credentials(self) -> bool:
@@ -395,9 +389,9 @@ class Form:
             for part in self._chunks:
                 yield part
             self._chunks.clear()
-        if not self._complete:
+        if self._parser.state != MultipartState.END:
             raise FormParserError("it ends before its closing boundary")
-        for name in ("user_token", "id_user"):
+        for name in TEXTS:
             if name not in self.texts:
                 raise HTTPException(422, f"The field {name} is missing. Add it to the form.")
         if not self.filename:
@@ -407,7 +401,7 @@ class Form:
         self._parts += 1
         if self._parts > MAX_PARTS:
             raise FormParserError(f"it has more than {MAX_PARTS} parts")
-        self._field = self._value = self._disposition = b""
+        self._field = self._value = self._disposition = self._text = b""
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._field += data[start:end]
@@ -425,8 +419,6 @@ class Form:
         self._name = options.get(b"name", b"").decode(errors="replace")
         if self._name in self.texts or (self._name == "file_wav" and self.filename):
             raise HTTPException(422, f"The field {self._name} is given twice. Send it once.")
-        if self._name in ("user_token", "id_user"):
-            self.texts[self._name] = ""
         if self._name == "file_wav":
             if not options.get(b"filename"):
                 raise HTTPException(422, "The field file_wav is no file. Send file_wav=@my.wav")
@@ -435,22 +427,24 @@ class Form:
     def _data(self, data: bytes, start: int, end: int) -> None:
         if self._name == "file_wav":
             self._chunks.append(memoryview(data)[start:end])
-        elif self._name in self.texts:
-            self.texts[self._name] += data[start:end].decode(errors="replace")
-            if len(self.texts[self._name]) > TEXT_LENGTH:
+        elif self._name in TEXTS:
+            self._text += data[start:end]
+            if len(self._text) > TEXT_BYTES:
                 raise HTTPException(413, f"The field {self._name} is too long. Shorten it.")
 
-    def _finish(self) -> None:
-        self._complete = True
+    def _part_end(self) -> None:
+        if self._name in TEXTS:
+            self.texts[self._name] = self._text.decode(errors="replace")
 
 
-# WAV ---------------------------------------------------------------------------------------------
+# WAV ----------------------------------------------------------------------------------------------
 
 # Format tags (RFC 2361): those of linear samples, with their widths in bytes, and those of blocks.
 LINEAR = {0x0001: (1, 2, 3, 4), 0x0003: (4, 8), 0x0006: (1,), 0x0007: (1,)}
 BLOCKS = {0x0002: "MS ADPCM", 0x0011: "IMA ADPCM", 0x0031: "GSM 6.10"}
 EXTENSIBLE = 0xFFFE
 SAMPLE_RATES = range(1000, 1_000_001)
+MAX_CHUNKS = 1000  # before the audio: recorders write a dozen
 
 
 class Wav:
@@ -507,8 +501,8 @@ class Wav:
         head = yield from self._take(12)
         if head[:4] not in (b"RIFF", b"RF64", b"BW64") or head[8:] != b"WAVE":
             raise HTTPException(422, "The file is not a WAV. Send a RIFF/WAVE file.")
-        long_size, form = 0, b""
-        while True:
+        long_size, fmt = 0, b""
+        for _ in range(MAX_CHUNKS):
             name, size = struct.unpack("<4sI", (yield from self._take(8)))
             if name == b"data":
                 break
@@ -516,10 +510,12 @@ class Wav:
             body = yield from self._take(looked_at)
             yield from self._skip(size - looked_at + size % 2)  # chunks begin at even offsets
             if name == b"fmt ":
-                form = body
+                fmt = body
             elif name == b"ds64" and len(body) >= 16:
                 (long_size,) = struct.unpack_from("<Q", body, 8)
-        self._check_format(form)
+        else:
+            raise HTTPException(422, f"The WAV has {MAX_CHUNKS} chunks before its audio.")
+        self._check_format(fmt)
         if head[:4] != b"RIFF" and size == 0xFFFFFFFF:
             size = long_size
         # What recorders write into a pipe, where they cannot come back to fill it in: zero, all
@@ -529,12 +525,12 @@ class Wav:
         self._empty_size = None if size else 8 + int.from_bytes(head[4:8], "little")
         self.start = self.received - len(self._head)
 
-    def _check_format(self, form: bytes) -> None:
-        if len(form) < 16:
+    def _check_format(self, fmt: bytes) -> None:
+        if len(fmt) < 16:
             raise HTTPException(422, "The WAV has no format before its audio. Write it anew.")
-        tag, channels, rate, _, align, bits = struct.unpack_from("<HHIIHH", form)
-        if tag == EXTENSIBLE and len(form) >= 26:
-            (tag,) = struct.unpack_from("<H", form, 24)
+        tag, channels, rate, _, align, bits = struct.unpack_from("<HHIIHH", fmt)
+        if tag == EXTENSIBLE and len(fmt) >= 26:
+            (tag,) = struct.unpack_from("<H", fmt, 24)
         if tag not in (*LINEAR, *BLOCKS):
             taken = ", ".join(("PCM", "float", "A-law", "mu-law", *BLOCKS.values()))
             raise HTTPException(422, f"The WAV has codec 0x{tag:04x}. Take one of: {taken}.")
@@ -547,7 +543,7 @@ class Wav:
             raise HTTPException(422, f"The WAV has an impossible sample rate: {rate} Hz.")
 
 
-# Encoder -----------------------------------------------------------------------------------------
+# Encoder ------------------------------------------------------------------------------------------
 
 # ffmpeg follows what it finds, a playlist to other files or S/PDIF to AC-3, unless it may not.
 DECODERS = (
@@ -692,36 +688,28 @@ def complete(mp3: BinaryIO, samples: int) -> float:
     1", gabriel.mp3-tech.org/mp3infotag.html). ffmpeg states one frame of padding at the most, which
     is up to 46 samples too few for one length in 25. Raises EncoderFailure where there is no tag.
     """
-    mp3.seek(0)
-    id3 = mp3.read(10)
-    start = 0
-    if id3[:3] == b"ID3":  # its size has seven bits a byte (ID3v2.4 section 3.1)
-        start = 10 + sum(id3[9 - place] << 7 * place for place in range(4))
-    mp3.seek(start)
-    frame = bytearray(mp3.read(192))
-    header = int.from_bytes(frame[:4])
-    version, mono = header >> 19 & 3, header >> 6 & 3 == 3  # version 3 is MPEG-1, 0 is MPEG-2.5
-    tag = 4 + ((17 if mono else 32) if version == 3 else (9 if mono else 17))
-    if not frame.startswith((b"Xing", b"Info"), tag):
-        raise EncoderFailure("it wrote no info tag")
-    frames = int.from_bytes(frame[tag + 8 : tag + 12])
-    delay = int.from_bytes(frame[tag + 141 : tag + 144]) >> 12
-    padding = frames * (1152 if version == 3 else 576) - delay - samples
-    frame[tag + 141 : tag + 144] = (delay << 12 | padding).to_bytes(3)
-    crc = 0  # CRC-16/ARC of all that comes before it
-    for byte in frame[: tag + 154]:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0xA001 if crc & 1 else 0)
-    frame[tag + 154 : tag + 156] = crc.to_bytes(2)
-    mp3.seek(start)
-    mp3.write(frame)
-    mp3.flush()
+    with mmap.mmap(mp3.fileno(), 0) as data:
+        # The first frame: what comes before it is UTF-8, which has no such bytes.
+        found = re.search(rb"(?s)(\xff[\xe2-\xff]..)(?:.{9}|.{17}|.{32})(?:Xing|Info)", data)
+        if not found:
+            raise EncoderFailure("it wrote no info tag")
+        start, tag, header = found.start(), found.end() - 4, int.from_bytes(found[1])
+        version = header >> 19 & 3  # 3 is MPEG-1, 2 is MPEG-2, 0 is MPEG-2.5
+        frames = int.from_bytes(data[tag + 8 : tag + 12])
+        delay = int.from_bytes(data[tag + 141 : tag + 144]) >> 12
+        padding = frames * (1152 if version == 3 else 576) - delay - samples
+        data[tag + 141 : tag + 144] = (delay << 12 | padding).to_bytes(3)
+        crc = 0  # CRC-16/ARC of all that comes before it
+        for byte in data[start : tag + 154]:
+            crc ^= byte
+            for _ in range(8):
+                crc = crc >> 1 ^ (0xA001 if crc & 1 else 0)
+        data[tag + 154 : tag + 156] = crc.to_bytes(2)
     rate = (44100, 48000, 32000)[header >> 10 & 3] >> (4 - version) // 2
     return samples / rate
 
 
-# Application state -------------------------------------------------------------------------------
+# Application state --------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -774,7 +762,7 @@ class Running:
     ffmpeg: str
     encoders: asyncio.Semaphore
     stack: AsyncExitStack
-    url: str  # of the database, empty where the pool is the host's
+    url: str  # of the database where the pool is not the host's
     spare: Encoder | None = None
 
     @asynccontextmanager
@@ -833,7 +821,7 @@ async def close_pool(pool: "asyncpg.Pool[asyncpg.Record]") -> None:
 
 
 async def start(app: Starlette) -> Running:
-    """Bring up what app needs. Raises one of DATABASE_DOWN where the database does not answer."""
+    """Bring up what app needs. Raises one of OUT_OF_ORDER where the database does not answer."""
     async with AsyncExitStack() as stack:
         ffmpeg = FFMPEG or await asyncio.to_thread(get_ffmpeg_exe)
         ffmpeg = shutil.which(ffmpeg) or ffmpeg  # looked up now, since it runs without a PATH
@@ -854,7 +842,6 @@ async def start(app: Starlette) -> Running:
             stack.push_async_callback(close_pool, pool)
             await pool
         await pool.execute((HERE / "db.sql").read_text())
-        url = "" if app.state.pool else url
         running = Running(pool, ffmpeg, asyncio.Semaphore(MAX_ENCODERS), stack.pop_all(), url)
     running.stack.push_async_callback(running.close_spare)
     running.start_spare()
@@ -877,7 +864,7 @@ async def state(request: Request) -> Running:
         if app.state.running is starting:
             app.state.running = None
             logger.error("The service cannot start: %r", error)
-        detail = "The database cannot be reached. Try again later."
+        detail = "The database, the disk or ffmpeg is out of order. Try again later."
         raise HTTPException(503, detail, RETRY_AFTER) from error
 
 
@@ -891,7 +878,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             break
         except WRONG_URL:
             raise
-        except DATABASE_DOWN as error:
+        except OUT_OF_ORDER as error:
             logger.warning("PostgreSQL does not answer, waiting for it: %s", error)
             await asyncio.sleep(1)
     async with running.stack:
@@ -899,7 +886,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     app.state.running = None
 
 
-# Upload ------------------------------------------------------------------------------------------
+# Upload -------------------------------------------------------------------------------------------
 
 
 async def authenticate(request: Request, user_token: str, id_user: str | None = None) -> int:
@@ -970,15 +957,21 @@ async def store(
     id_record = uuid.uuid4()
     key = key or str(id_record)  # so that a retry after a lost answer finds what it stored
     size = os.fstat(mp3.fileno()).st_size
-    row = (
-        *(id_user.to_bytes(8), id_record.bytes, key.encode(), wav_sha256),
-        *(filename.encode(), size.to_bytes(4), struct.pack("!d", duration)),
-    )
+    row = {
+        "id_user": id_user.to_bytes(8),
+        "id_record": id_record.bytes,
+        "idempotency_key": key.encode(),
+        "wav_sha256": wav_sha256,
+        "filename": filename.encode(),
+        "size": size.to_bytes(4),
+        "duration": struct.pack("!d", duration),
+    }
+    columns = [*row, "mp3", "sha256"]
 
     async def binary_copy() -> AsyncIterator[bytes]:
         """Yield the row in the binary format of COPY (PostgreSQL's documentation of COPY)."""
-        head = b"PGCOPY\n\xff\r\n\0" + bytes(8) + len(COPY_COLUMNS).to_bytes(2)
-        for value in row:
+        head = b"PGCOPY\n\xff\r\n\0" + bytes(8) + len(columns).to_bytes(2)
+        for value in row.values():
             head += b"\xff" * 4 if value is None else len(value).to_bytes(4) + value
         yield head + size.to_bytes(4)
         sha256 = hashlib.sha256()
@@ -992,9 +985,7 @@ async def store(
         while True:
             source = binary_copy()
             try:
-                await pool.copy_to_table(
-                    "records", source=source, columns=COPY_COLUMNS, format="binary"
-                )
+                await pool.copy_to_table("records", source=source, columns=columns, format="binary")
                 return id_record
             except RuntimeError as error:  # uvloop's, of a connection that broke meanwhile
                 raise ConnectionResetError from error
@@ -1079,14 +1070,18 @@ async def upload(request: Request) -> Response:
     times = {"receive": received - began, "encode": encoded - received, "store": clock() - encoded}
     logger.info(
         "Record %s: %d bytes of WAV, %d bytes of MP3, %.2f s of audio in %.3f s",
-        *(id_record, wav.received, size, duration, sum(times.values())),
+        id_record,
+        wav.received,
+        size,
+        duration,
+        sum(times.values()),
     )
     url = download_url(request, id_record, id_user)
     timing = ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in times.items())
     return JSONResponse({"URL for download": url}, 201, {"Location": url, "Server-Timing": timing})
 
 
-# Download --------------------------------------------------------------------------------------
+# Download -----------------------------------------------------------------------------------------
 
 
 def parse_range(header: str, size: int) -> range | None:
@@ -1135,17 +1130,16 @@ def precondition(headers: Headers, etag: str, modified: datetime) -> int:
 def content_disposition(filename: str) -> str:
     """Return the header that saves a download as filename (RFC 6266, RFC 8187).
 
-    curl reads filename only, browsers prefer filename*: the name in full where ASCII cannot say it.
+    curl reads filename only, browsers prefer filename*, which is the name in full.
     """
-    letters = unicodedata.normalize("NFKD", filename).encode("ascii", "ignore").decode()
-    ascii_name = re.sub(r"[^\w .()+,=@~-]", "_", letters, flags=re.ASCII)
-    if not re.match(r"\w", ascii_name, re.ASCII):
-        ascii_name = "recording.mp3"
-    ascii_name = ascii_name.removesuffix(".mp3")[:251] + ".mp3"  # some letters become several
-    disposition = f'attachment; filename="{ascii_name}"'
-    if ascii_name != filename:
-        disposition += f"; filename*=UTF-8''{quote(filename, safe='')}"
-    return disposition
+    stem = unicodedata.normalize("NFKD", filename.removesuffix(".mp3")).encode("ascii", "ignore")
+    stem = re.sub(rb"[^\w .()+,=@~-]", b"_", stem)[:251]  # some letters become several
+    name = stem.decode() if re.match(rb"\w", stem) else "recording"
+    return f"attachment; filename=\"{name}.mp3\"; filename*=UTF-8''{quote(filename, safe='')}"
+
+
+def no_record() -> HTTPException:
+    return HTTPException(404, "There is no such record. Check id_record and id_user in the link.")
 
 
 def record_key(request: Request) -> tuple[int, uuid.UUID]:
@@ -1155,10 +1149,6 @@ def record_key(request: Request) -> tuple[int, uuid.UUID]:
         if id_user is not None:
             return id_user, uuid.UUID(request.query_params.get("id_record", ""))
     raise no_record()
-
-
-def no_record() -> HTTPException:
-    return HTTPException(404, "There is no such record. Check id_record and id_user in the link.")
 
 
 async def download(request: Request) -> Response:
@@ -1228,6 +1218,9 @@ async def delete(request: Request) -> Response:
     return Response(status_code=204)
 
 
+NEWEST = "9999-12-31T00:00:00Z_ffffffff-ffff-ffff-ffff-ffffffffffff"
+
+
 async def records(request: Request) -> Response:
     """List one's own records, newest first, in pages."""
     query = request.query_params
@@ -1246,10 +1239,8 @@ async def records(request: Request) -> Response:
     rows = await retried(pool.fetch, SELECT_PAGE, id_user, *before, limit + 1)
     page = [
         {
+            **row,
             "id_record": str(row["id_record"]),
-            "filename": row["filename"],
-            "size": row["size"],
-            "duration": row["duration"],
             "created_at": row["created_at"].isoformat().replace("+00:00", "Z"),
             "URL for download": download_url(request, row["id_record"], id_user),
         }
@@ -1263,31 +1254,28 @@ async def records(request: Request) -> Response:
     return JSONResponse({"records": page}, headers=headers)
 
 
-NEWEST = "9999-12-31T00:00:00Z_ffffffff-ffff-ffff-ffff-ffffffffffff"
-
-
-async def usage(request: Request) -> Response:
-    """Say how to use the service, in lines to paste."""
-    limits = {"limit": MAX_UPLOAD_BYTES, "stall": STALL_SECONDS, "queue": QUEUE_SECONDS}
-    text = USAGE.format(base=base_url(request), encoders=MAX_ENCODERS, **limits)
-    return PlainTextResponse(text)
-
-
-USAGE = """\
+USAGE = f"""\
 WAV in, MP3 out.
 
-  curl -d '{{"username": "Bob"}}' {base}/api/registration/
-  curl -F user_token=TOKEN -F id_user=ID -F file_wav=@my.wav {base}/api/upload_audiorecord/
+  curl -d '{{"username": "Bob"}}' BASE/api/registration/
+  curl -F user_token=TOKEN -F id_user=ID -F file_wav=@my.wav BASE/api/upload_audiorecord/
   curl -OJ 'THE LINK THAT THE UPLOAD ANSWERED'
 
 List your recordings, and delete one:
 
-  curl -H 'Authorization: Bearer TOKEN' '{base}/api/records?id_user=ID'
+  curl -H 'Authorization: Bearer TOKEN' 'BASE/api/records?id_user=ID'
   curl -H 'Authorization: Bearer TOKEN' -X DELETE 'THE LINK'
 
-A WAV may have {limit} bytes; an upload may pause for {stall} s; {encoders} run at once, others wait
-for up to {queue} s. {base}/openapi.json says the rest.
+A WAV may have {MAX_UPLOAD_BYTES} bytes; an upload may pause for {STALL_SECONDS} s.
+{MAX_ENCODERS} run at once, others wait for up to {QUEUE_SECONDS} s.
+
+BASE/openapi.json says the rest.
 """
+
+
+async def usage(request: Request) -> Response:
+    """Say how to use the service, in lines to paste."""
+    return PlainTextResponse(USAGE.replace("BASE", base_url(request)))
 
 
 async def openapi(request: Request) -> Response:
@@ -1305,39 +1293,23 @@ async def readyz(request: Request) -> Response:
     async def check() -> None:
         nonlocal lacking
         running = await state(request)
-        if running.url:  # not through the pool, which may just be busy
-            connection = await asyncpg.connect(running.url)
-            try:
-                await connection.fetchval("SELECT 1")
-            finally:
-                connection.terminate()
-        else:
+        if request.app.state.pool:
             await running.pool.fetchval("SELECT 1")
+        else:  # not through the pool, which may just be busy
+            (await asyncpg.connect(running.url)).terminate()
         lacking = "ffmpeg does not run"
-        ffmpeg = await asyncio.create_subprocess_exec(
-            running.ffmpeg, "-version", stdout=DEVNULL, stderr=DEVNULL
-        )
-        try:
-            if await ffmpeg.wait() == 0:
-                lacking = ""
-        finally:
-            if ffmpeg.returncode is None:
-                ffmpeg.kill()
+        version = partial(run, (running.ffmpeg, "-version"), timeout=READY_SECONDS, check=True)
+        await asyncio.to_thread(version, stdout=DEVNULL, stderr=DEVNULL)
 
     checking = asyncio.create_task(check())
-    await asyncio.wait({checking}, timeout=READY_SECONDS)
+    done, _ = await asyncio.wait({checking}, timeout=READY_SECONDS)
     checking.cancel()  # not awaited: asyncpg would wait for a database that hangs
-    if lacking:
+    if not done or checking.exception():
         raise HTTPException(503, f"Not ready: {lacking}.", RETRY_AFTER)
     return PlainTextResponse("ready\n")
 
 
-# Application -----------------------------------------------------------------------------------
-
-HANDLED = (
-    *(HTTPException, FormParserError, ClientDisconnect, EncoderFailure),
-    *(*DATABASE_DOWN, Exception),
-)
+# Application --------------------------------------------------------------------------------------
 
 
 def routes(path: str, methods: dict[str, Callable[[Request], Awaitable[Response]]]) -> list[Route]:
@@ -1367,6 +1339,7 @@ def create_app(
     pool: the host's connections to use instead; they stay open.
     base_url: the public address that links begin with; an empty one is derived from each request.
     """
+    handled = (HTTPException, FormParserError, ClientDisconnect, EncoderFailure, *OUT_OF_ORDER)
     app = Starlette(
         routes=[
             *routes("/api/download", {"GET": download, "DELETE": delete}),
@@ -1378,7 +1351,7 @@ def create_app(
             *routes("/healthz", {"GET": healthz}),
             *routes("/readyz", {"GET": readyz}),
         ],
-        exception_handlers=dict.fromkeys(HANDLED, on_error),
+        exception_handlers=dict.fromkeys((*handled, Exception), on_error),
         lifespan=lifespan,
     )
     app.state.database_url = database_url
@@ -1396,35 +1369,26 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.begin_head()
+        self.await_head()
 
-    def begin_head(self) -> None:
-        self.head_bytes: int | None = 0
+    def await_head(self) -> None:
+        self.head_bytes = 0
         self.head_timer = self.loop.call_later(STALL_SECONDS, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
-        if self.head_bytes is not None:
-            self.head_bytes += len(data)
-            if self.head_bytes > HEAD_BYTES + len(data):
-                return self.send_400_response("The head of the request is too large.")
+        if self.head_bytes > HEAD_BYTES and not self.head_timer.cancelled():
+            return self.send_400_response("The head of the request is too large.")
+        self.head_bytes += len(data)
         super().data_received(data)
 
     def on_message_begin(self) -> None:
-        if self.head_bytes is None:  # another request on the same connection
-            self.begin_head()
+        self.head_timer.cancel()
+        self.await_head()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self.end_head()
-        super().on_headers_complete()
-
-    def end_head(self) -> None:
-        self.head_bytes = None
         self.head_timer.cancel()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.end_head()
-        super().connection_lost(exc)
+        super().on_headers_complete()
 
 
 class Server(uvicorn.Server):
@@ -1443,7 +1407,7 @@ async def probe(database_url: str) -> None:
         await (await asyncpg.connect(database_url, timeout=5)).close()
     except WRONG_URL as error:
         sys.exit(f"DATABASE_URL is wrong: {error}")
-    except DATABASE_DOWN:
+    except OUT_OF_ORDER:
         pass  # lifespan waits
 
 

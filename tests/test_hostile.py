@@ -174,3 +174,10 @@ def test_encoder_is_bounded_and_knows_nothing(server: Server, user: User) -> Non
 def test_chunks_before_the_audio_may_be_large(server: Server, user: User) -> None:
     content = riff(PCM, bytes(4000), before=chunk(b"junk", bytes(3_000_001)))
     assert server.upload(user, content).status_code == 201
+
+
+def test_flood_of_chunks_before_the_audio_is_refused_at_once(server: Server, user: User) -> None:
+    content = b"RIFF\xff\xff\xff\xffWAVE" + chunk(b"junk", b"") * 1_000_000
+    with Sending(server, user, content) as sending:
+        sending.share(0.1)
+        assert sending.answer().status == 422

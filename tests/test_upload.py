@@ -3,12 +3,9 @@ import re
 import signal
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
-from http.client import HTTPConnection
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-import psutil
 import pytest
 from conftest import StartServer
 from support import (
@@ -25,9 +22,9 @@ from support import (
     wait_for,
 )
 from wav import UNKNOWN, chunk, decoded, ffmpeg, info, noise, pcm_format, recoded, riff, wav
+from wire import Sending, Wire, working
 
 SPEECH = wav()
-LONG = part("file_wav", noise(10_000_000), "long.wav")
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +128,20 @@ def test_fields_come_in_any_order(server: Server, user: User, order: tuple[int, 
     assert len(decoded(mp3).samples) == 11025
 
 
+@pytest.mark.parametrize("cut", [1, 30, 40, 60])
+def test_last_field_may_arrive_in_two_pieces(server: Server, user: User, cut: int) -> None:
+    token, id_user = credentials(user)
+    before = part("file_wav", SPEECH, "speech.wav") + id_user
+    body = before + form(token)
+    headers = {**FORM, "Content-Length": str(len(body)), "Expect": "100-continue"}
+    with Wire(server) as wire:
+        wire.head(UPLOAD, headers)
+        assert b"100 Continue" in wire.socket.recv(100)  # now it takes each piece as it comes
+        wire.send(body[: -len("\r\n--frontier--\r\n") - cut])
+        wire.send(body[-len("\r\n--frontier--\r\n") - cut :])
+        assert wire.answer().status == 201
+
+
 @pytest.mark.parametrize("options", [(), ("-H", "Transfer-Encoding: chunked")])
 @pytest.mark.parametrize("from_stdin", [False, True])
 def test_curl_uploads(
@@ -153,67 +164,18 @@ def test_unknown_fields_are_ignored(server: Server, user: User) -> None:
     assert server.send(*parts).status_code == 201
 
 
-class Sending:
-    """An upload whose body the test sends bit by bit."""
-
-    def __init__(self, server: Server, *parts: bytes) -> None:
-        self._rest = memoryview(form(*parts))
-        self._connection = HTTPConnection(urlsplit(server.url).netloc, timeout=60)
-        self._connection.putrequest("POST", UPLOAD)
-        self._connection.putheader("Content-Type", FORM["Content-Type"])
-        self._connection.putheader("Content-Length", str(len(self._rest)))
-        self._connection.endheaders()
-
-    def send(self, share: float) -> None:
-        """Send this share of what is left."""
-        size = int(len(self._rest) * share)
-        self._connection.send(self._rest[:size])
-        self._rest = self._rest[size:]
-
-    def status(self) -> int:
-        return self._connection.getresponse().status
-
-    def close(self) -> None:
-        self._connection.close()
-
-
-def working(server: Server) -> list[psutil.Process]:
-    """The encoders that have written some MP3 by now: one may wait for the next upload."""
-
-    def written(encoder: psutil.Process) -> int:
-        with suppress(FileNotFoundError):
-            return Path(f"/proc/{encoder.pid}/fd/1").stat().st_size
-        return 0
-
-    return [encoder for encoder in server.encoders() if written(encoder)]
-
-
 def test_conversion_runs_while_the_client_still_sends(server: Server, user: User) -> None:
-    with closing(Sending(server, *credentials(user), LONG)) as sending:
-        sending.send(0.5)
+    with Sending(server, user, noise(10_000_000)) as sending:
+        sending.share(0.5)
         wait_for(lambda: working(server))
-        sending.send(1)
-        assert sending.status() == 201
-
-
-@pytest.mark.parametrize("file_first, share", [(False, 0.5), (True, 1)])
-def test_disconnect_leaves_nothing(
-    server: Server, user: User, file_first: bool, share: float
-) -> None:
-    parts = [*credentials(user), LONG]
-    with closing(Sending(server, *(reversed(parts) if file_first else parts))) as sending:
-        sending.send(share)
-        encoders = wait_for(lambda: working(server))
-    wait_for(lambda: not any(encoder.is_running() for encoder in encoders))
-    server.upload(user, SPEECH)
-    assert server.records(user) == 1
+        assert sending.finish().status == 201
 
 
 def test_shutdown_in_mid_upload_leaves_nothing(start_server: StartServer) -> None:
     server = start_server()
     user = server.register()
-    with closing(Sending(server, *credentials(user), LONG)) as sending:
-        sending.send(0.5)
+    with Sending(server, user, noise(10_000_000)) as sending:
+        sending.share(0.5)
         wait_for(lambda: working(server))
         server.process.send_signal(signal.SIGTERM)
         wait_for(lambda: "Waiting for connections" in server.log)
