@@ -218,6 +218,10 @@ class Server:
             os.killpg(self.process.pid, sent)  # as Ctrl-C does
         else:
             self.process.send_signal(sent)
+        return self.end(children)
+
+    def end(self, children: Sequence[psutil.Process]) -> int:
+        """Wait for the end of a service that was told to stop, as stop does."""
         status = self.process.wait(60)
         assert not [child for child in children if child.is_running()]
         assert not list(self._scratch.iterdir())

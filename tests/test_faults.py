@@ -634,6 +634,7 @@ def test_work_in_progress_is_finished_after_sigterm(database: Postgres) -> None:
         ):
             first.share(0.5)
             wait_for(lambda: working(server))
+            children = server.children()
             server.process.send_signal(signal.SIGTERM)
             wait_for(lambda: "Waiting for connections" in server.log)
             assert idle.socket.recv(1000) == b""
@@ -642,7 +643,7 @@ def test_work_in_progress_is_finished_after_sigterm(database: Postgres) -> None:
             assert first.finish().status == 201
             assert waiting.finish().status == 201
             assert downloading.finish() == content
-        assert server.stop() == 0
+        assert server.end(children) == 0
         assert server.records(user) == 3
 
 
@@ -652,9 +653,10 @@ def test_stalled_upload_does_not_hold_up_sigterm(database: Postgres) -> None:
         with Sending(server, user, LONG) as sending:
             sending.share(0.5)
             wait_for(lambda: working(server))
+            children = server.children()
             server.process.send_signal(signal.SIGTERM)
             assert sending.answer().status == 408
-        assert server.stop() == 0
+        assert server.end(children) == 0
         assert server.records(user) == 0
 
 
