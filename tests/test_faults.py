@@ -287,6 +287,17 @@ def test_upload_without_a_working_ffmpeg_is_answered_503(
     assert server.records(user) == 0
 
 
+def test_encoder_in_a_wrapper_ends_with_its_upload(database: Postgres, tmp_path: Path) -> None:
+    script(tmp_path / "wrapper", f'"{get_ffmpeg_exe()}" "$@"; exit $?')
+    with watched(database.create_database(), FFMPEG=str(tmp_path / "wrapper")) as server:
+        user = server.register()
+        with Sending(server, user, LONG) as sending:
+            sending.share(0.5)
+            encoders = wait_for(lambda: working(server))
+        gone(encoders)
+        assert server.upload(user, SPEECH).status_code == 201
+
+
 # 4. PostgreSQL fails
 
 
