@@ -92,8 +92,6 @@ logger = logging.getLogger("service")
 # Settings -----------------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
-
-
 config = Config(HERE / ".env" if (HERE / ".env").is_file() else None)
 
 
@@ -124,20 +122,20 @@ LOG_BYTES = 8 << 10  # of what ffmpeg has to say, at the beginning and at the en
 TEXT_BYTES = 1000  # of a field: a token has 36
 MAX_PARTS = 100  # of a form: strangers' fields are tolerated, a flood of them is not
 MP3_BYTES = 1_000_000_000  # a bytea holds a GiB, less some
-PIPE_BYTES = 1 << 20  # of WAV on its way to ffmpeg: Linux lets any user have that much
+PIPE_BYTES = min(1 << 20, (32 << 20) // MAX_ENCODERS)  # Linux gives a user 64 MiB of pipes
 EXPANSION = 8  # most MP3 for a WAV: GSM 6.10 has 13 kbit/s and makes up to 64
 CPU_BYTES = 100_000  # least WAV encoded in a second of CPU: GSM 6.10 makes a million here
 SLICE_BYTES = 256 << 10  # of a download in memory
-CONNECTIONS = 10
-QUERY_SECONDS = 60
-CLOSE_SECONDS = 5
+CONNECTIONS = 10  # to PostgreSQL, which allows 100 by default: each is held for milliseconds
+QUERY_SECONDS = 60  # for the COPY of a gigabyte to a slow disk
+CLOSE_SECONDS = 5  # for queries in progress when the service ends
 RETRY_PAUSES = (0.1, 1, 2)  # before another try where the database went away
 RETRY_AFTER = {"Retry-After": "2"}  # seconds
 LINGER_SECONDS = 10  # for a client to notice an answer that came before the end of its body
 GRACE_SECONDS = 25  # for requests in progress at shutdown: container engines kill after 30
 SLOWEST_UPLOAD = 1000  # bytes a second: the poorest codec, live, is GSM 6.10 with 1625
-READY_SECONDS = 1.5
-PAGE = 100
+READY_SECONDS = 1.5  # for /readyz to find out, before those who ask lose patience
+PAGE = 100  # records, unless another limit is asked for, up to this one:
 MAX_PAGE = 1000
 
 # SQL ----------------------------------------------------------------------------------------------
@@ -593,14 +591,14 @@ class Encoder:
             loop = asyncio.get_running_loop()
             loop.add_reader(ours, self._reap, loop, ours)
             stack.callback(loop.remove_reader, ours)
-            os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)  # downloads come first
             if self.process.stdin:
                 stack.enter_context(self.process.stdin)
                 os.set_blocking(self.process.stdin.fileno(), False)
-            if sys.platform == "linux":  # fewer switches between its threads, and to it
-                os.sched_setscheduler(self.process.pid, os.SCHED_BATCH, os.sched_param(0))
-                if self.process.stdin:
-                    with suppress(PermissionError):  # of a user with many pipes
+            with suppress(OSError):  # where a container forbids it
+                os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)  # downloads come first
+                if sys.platform == "linux":  # fewer switches between its threads, and to it
+                    os.sched_setscheduler(self.process.pid, os.SCHED_BATCH, os.sched_param(0))
+                    if self.process.stdin:
                         fcntl.fcntl(self.process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             self._files = stack.pop_all()
 
@@ -620,10 +618,10 @@ class Encoder:
     async def write(self, data: memoryview) -> None:
         """Pass data on, and return when ffmpeg has taken it. Raises as finish does."""
         assert self.process.stdin
-        loop, stdin = asyncio.get_running_loop(), self.process.stdin.fileno()
-        while data:
+        loop, stdin = asyncio.get_running_loop(), self.process.stdin
+        while data and not stdin.closed:
             try:
-                data = data[os.write(stdin, data) :]
+                data = data[os.write(stdin.fileno(), data) :]
             except BlockingIOError:
                 room = asyncio.Event()
                 loop.add_writer(stdin, room.set)
@@ -636,7 +634,6 @@ class Encoder:
                     loop.remove_writer(stdin)
             except BrokenPipeError:
                 await self.finish()
-                return
 
     async def finish(self) -> int:
         """Wait for the end of the MP3 and return the samples of each channel that went into it.
@@ -675,8 +672,10 @@ class Encoder:
 
     async def close(self) -> None:
         """End the process, if it has not ended, and drop its files."""
-        if not self.ended.is_set():  # before any await: at shutdown there may be no second
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if not self.ended.is_set():
+            # Before any await: at shutdown there may be no second.
+            with suppress(PermissionError):  # macOS has it of a group that has just ended
+                os.killpg(self.process.pid, signal.SIGKILL)
         with self._files:
             await self.ended.wait()
 

@@ -181,3 +181,8 @@ def test_flood_of_chunks_before_the_audio_is_refused_at_once(server: Server, use
     with Sending(server, user, content) as sending:
         sending.share(0.1)
         assert sending.answer().status == 422
+
+
+@pytest.mark.parametrize("after", [chunk(b"junk", bytes(3_000_001)), bytes(3_000_001)])
+def test_what_follows_the_audio_may_be_large(server: Server, user: User, after: bytes) -> None:
+    assert server.upload(user, riff(PCM, bytes(4000), after=after)).status_code == 201
