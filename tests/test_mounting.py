@@ -29,6 +29,7 @@ from support import (
     Server,
     User,
     curl,
+    lives,
     problem,
     query,
     wait_for,
@@ -62,13 +63,6 @@ class Host(Server):
         self.process.wait(60)
         wait_for(lambda: not any(map(lives, children)))
         return 0
-
-
-def lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def in_uvicorn(factory: str) -> tuple[str, ...]:
