@@ -568,7 +568,6 @@ class Encoder:
             self.mp3 = stack.enter_context(TemporaryFile())
             self._log = stack.enter_context(TemporaryFile())
             ours, theirs = os.pipe()  # ffmpeg holds the second until it ends: so the loop learns
-            stack.callback(os.close, ours)
             try:
                 # Not asyncio's: uvloop copies the page tables of the service, which takes 3 ms.
                 self.process = Popen(
@@ -584,13 +583,13 @@ class Encoder:
                     process_group=0,
                 )
             except OSError as error:
+                os.close(ours)
                 raise EncoderFailure(f"it cannot be started: {error}") from error
             finally:
                 os.close(theirs)
             self.ended = asyncio.Event()
             loop = asyncio.get_running_loop()
             loop.add_reader(ours, self._reap, loop, ours)
-            stack.callback(loop.remove_reader, ours)
             if self.process.stdin:
                 stack.enter_context(self.process.stdin)
                 os.set_blocking(self.process.stdin.fileno(), False)
@@ -605,6 +604,7 @@ class Encoder:
     def _reap(self, loop: asyncio.AbstractEventLoop, end: int) -> None:
         if self.process.poll() is not None:
             loop.remove_reader(end)
+            os.close(end)
             self.ended.set()
 
     def limit(self, size: int) -> None:
@@ -670,14 +670,15 @@ class Encoder:
             raise HTTPException(422, "The WAV holds no audio. Record something first.")
         return int(samples[-1])
 
-    async def close(self) -> None:
-        """End the process, if it has not ended, and drop its files."""
+    def close(self) -> None:
+        """Kill the process, if it has not ended, and drop its files.
+
+        Nothing is awaited, since a shutdown that cancels a request does not wait for it.
+        """
         if not self.ended.is_set():
-            # Before any await: at shutdown there may be no second.
             with suppress(PermissionError):  # macOS has it of a group that has just ended
                 os.killpg(self.process.pid, signal.SIGKILL)
-        with self._files:
-            await self.ended.wait()
+        self._files.close()
 
 
 def complete(mp3: BinaryIO, samples: int) -> float:
@@ -778,16 +779,16 @@ class Running:
         finally:
             self.encoders.release()
 
-    @asynccontextmanager
-    async def encoder(self, size: int, wav: BinaryIO | None = None) -> AsyncIterator[Encoder]:
+    @contextmanager
+    def encoder(self, size: int, wav: BinaryIO | None = None) -> Iterator[Encoder]:
         """Lend an encoder for a WAV of at most size bytes; its process ends with the context."""
-        encoder = await self.take_spare() if not wav else None
-        encoder = encoder or Encoder(self.ffmpeg, wav)
+        spare = None if wav else self.take_spare()
+        encoder = spare or Encoder(self.ffmpeg, wav)
         try:
             encoder.limit(size)
             yield encoder
         finally:
-            await encoder.close()
+            encoder.close()
         if not self.spare:  # only now, so as not to compete with the one that was lent
             self.start_spare()
 
@@ -796,17 +797,17 @@ class Running:
         with suppress(OSError, EncoderFailure):
             self.spare = Encoder(self.ffmpeg)
 
-    async def take_spare(self) -> Encoder | None:
+    def take_spare(self) -> Encoder | None:
         """Return the encoder that was started ahead, if there is one and it still lives."""
         spare, self.spare = self.spare, None
         if spare and spare.ended.is_set():
-            await spare.close()
+            spare.close()
             return None
         return spare
 
-    async def close_spare(self) -> None:
+    def close_spare(self) -> None:
         if self.spare:
-            await self.spare.close()
+            self.spare.close()
 
 
 async def nothing_to_reset(connection: object) -> None:
@@ -842,7 +843,7 @@ async def start(app: Starlette) -> Running:
             await pool
         await pool.execute((HERE / "db.sql").read_text())
         running = Running(pool, ffmpeg, asyncio.Semaphore(MAX_ENCODERS), stack.pop_all(), url)
-    running.stack.push_async_callback(running.close_spare)
+    running.stack.callback(running.close_spare)
     running.start_spare()
     return running
 
@@ -1044,7 +1045,7 @@ async def upload(request: Request) -> Response:
                 if not encoder and not waiting:
                     if form.has_credentials:
                         id_user = id_user or await authenticate(request, **form.texts)
-                        encoder = await stack.enter_async_context(running.encoder(limit))
+                        encoder = stack.enter_context(running.encoder(limit))
                     else:  # the file comes first: it waits for the credentials
                         waiting = stack.enter_context(TemporaryFile())
                 if encoder:
@@ -1056,7 +1057,7 @@ async def upload(request: Request) -> Response:
         wav.check()
         if waiting:
             waiting.seek(0)
-            encoder = await stack.enter_async_context(running.encoder(wav.received, waiting))
+            encoder = stack.enter_context(running.encoder(wav.received, waiting))
         assert encoder  # since the WAV has audio
         samples = await unless_gone(request, encoder.finish())
         encoded = clock()

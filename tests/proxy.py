@@ -1,4 +1,4 @@
-"""A network that breaks: a proxy that cuts a connection when certain bytes come back."""
+"""A network that breaks: a proxy that cuts a connection when certain bytes come along."""
 
 import socket
 import threading
@@ -8,7 +8,7 @@ from typing import Self
 
 
 class Proxy:
-    """Passes on what arrives at its port; an answer with the bytes to cut at never arrives.
+    """Passes on what arrives at its port; what has the bytes to cut at never arrives.
 
     The address is a host and a port, or the path of a Unix socket.
     """
@@ -52,14 +52,14 @@ class Proxy:
                 server.connect(self._address)
                 self._sockets += [client, server]
                 for ends in (client, server), (server, client):
-                    thread = threading.Thread(target=self._pump, args=(*ends, ends[0] is server))
+                    thread = threading.Thread(target=self._pump, args=ends)
                     self._threads.append(thread)
                     thread.start()
 
-    def _pump(self, source: socket.socket, target: socket.socket, answers: bool) -> None:
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
-                if answers and self.cut_at and self.cut_at in data:
+                if self.cut_at and self.cut_at in data:
                     self.cut_at = None
                     break
                 target.sendall(data)

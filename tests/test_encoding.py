@@ -2,7 +2,20 @@ import struct
 
 import pytest
 from support import Server
-from wav import PCM, UNKNOWN, chunk, decoded, gsm, info, noise, recoded, tags, wav
+from wav import (
+    PCM,
+    UNKNOWN,
+    chunk,
+    decoded,
+    gsm,
+    info,
+    noise,
+    pcm_format,
+    recoded,
+    riff,
+    tags,
+    wav,
+)
 
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 
@@ -89,11 +102,19 @@ def riff_size(size: int) -> bytes:
     return b"RIFF" + struct.pack("<I", size)
 
 
+def cover() -> bytes:
+    """An ID3 tag with a picture, which ffmpeg takes for a video."""
+    picture = b"\0image/png\0\x03\0" + b"\x89PNG\r\n\x1a\n"
+    frame = b"APIC" + struct.pack(">IH", len(picture), 0) + picture
+    return b"ID3\x03\0\0" + struct.pack(">I", len(frame)) + frame
+
+
 ODD = chunk(b"junk", b"odd")
 RECORDING = wav(5555, encoding="u8")
 LAYOUTS = {
     "size 0": wav(5555, declared=0),
     "size unknown": wav(5555, declared=UNKNOWN),
+    "size of sox in a pipe": wav(5555, declared=0x7FFFF000),
     "sizes of an empty file": riff_size(36) + RECORDING[8:40] + bytes(4) + RECORDING[44:-1],
     "file size 0": riff_size(0) + RECORDING[8:],
     "without the last padding": RECORDING[:-1],
@@ -104,6 +125,7 @@ LAYOUTS = {
     "rf64": wav(5555, form=b"RF64"),
     "rf64, chunks": wav(5555, form=b"RF64", before=ODD, after=ODD),
     "bw64": wav(5555, form=b"BW64"),
+    "a cover before": wav(5555, before=chunk(b"id3 ", cover())),
 }
 
 
@@ -112,6 +134,12 @@ def test_layout_of_the_file_does_not_matter(server: Server, content: bytes) -> N
     sound = decoded(server.convert(content))
     assert len(sound.samples) == 5555
     assert sound.resembles_the_sine()
+
+
+def test_quiet_wav_is_not_taken_for_another_format(server: Server) -> None:
+    """ffmpeg would rather believe in ACT, which voice recorders write and which begins as a WAV."""
+    content = riff(pcm_format(1, 8, 8000, 1), bytes(256 - 44) + b"\x84" + bytes(4000))
+    assert len(decoded(server.convert(content)).samples) == 256 - 44 + 1 + 4000
 
 
 def test_tags_are_kept(server: Server) -> None:

@@ -229,6 +229,23 @@ def test_encoder_that_dies_before_its_upload_is_replaced(service: Server) -> Non
         assert service.upload(user, SPEECH).status_code == 201
 
 
+def test_ffmpeg_in_a_script_ends_with_its_upload(database: Postgres, tmp_path: Path) -> None:
+    ffmpeg = tmp_path / "ffmpeg"
+    script(ffmpeg, f'{get_ffmpeg_exe()} "$@"; exit $?')
+    with watched(database.create_database(), FFMPEG=str(ffmpeg)) as server:
+        user = server.register()
+        with Sending(server, user, LONG, file_first=True) as sending:
+            sending.share(1)
+            encoders = wait_for(lambda: working(server))
+            for encoder in encoders:
+                encoder.suspend()  # lest it is done before the client has gone
+        gone(encoders)
+        children = server.children()
+        server.process.terminate()
+        server.process.wait(60)
+        gone(children)  # the script's too, which are not the service's to wait for
+
+
 @pytest.fixture(scope="module")
 def exchangeable(database: Postgres) -> Iterator[tuple[Server, Path]]:
     """A service and its ffmpeg, which is a link."""
@@ -285,17 +302,6 @@ def test_upload_without_a_working_ffmpeg_is_answered_503(
         exchange(lambda path: path.symlink_to(get_ffmpeg_exe()))
         assert server.http.get("/readyz").status_code == 200
     assert server.records(user) == 0
-
-
-def test_encoder_in_a_wrapper_ends_with_its_upload(database: Postgres, tmp_path: Path) -> None:
-    script(tmp_path / "wrapper", f'"{get_ffmpeg_exe()}" "$@"; exit $?')
-    with watched(database.create_database(), FFMPEG=str(tmp_path / "wrapper")) as server:
-        user = server.register()
-        with Sending(server, user, LONG) as sending:
-            sending.share(0.5)
-            encoders = wait_for(lambda: working(server))
-        gone(encoders)
-        assert server.upload(user, SPEECH).status_code == 201
 
 
 # 4. PostgreSQL fails
@@ -426,6 +432,45 @@ def test_upload_is_stored_once_where_the_answer_to_its_commit_is_lost(
         assert proxy.cut_at is None
         assert b"Xing" in server.http.get(link).content[:1000]
     assert server.records(user) == 1
+
+
+@pytest.mark.parametrize("cut_at", [b'COPY "records"', b"PGCOPY", b"\xff\xfb"])
+def test_upload_is_stored_once_where_the_connection_breaks_while_it_is_stored(
+    proxied: tuple[Server, Proxy], cut_at: bytes
+) -> None:
+    server, proxy = proxied
+    user = server.register()
+    with recovery(server):
+        with Sending(server, user, LONG) as sending:
+            sending.share(0.5)
+            wait_for(lambda: working(server))
+            proxy.cut_at = cut_at
+            link = link_of(sending.finish())
+        assert proxy.cut_at is None
+        assert b"Xing" in server.http.get(link).content[:1000]
+    assert server.records(user) == 1
+
+
+@pytest.mark.parametrize("end", ["pg_cancel_backend(pid)", "pg_terminate_backend(pid, 30000)"])
+def test_query_that_postgresql_ends_is_repeated(service: Server, end: str) -> None:
+    lock = f"""
+    DO $$
+    BEGIN
+        LOCK TABLE users;
+        LOOP
+            PERFORM {end} FROM pg_locks
+            WHERE relation = 'users'::regclass AND NOT granted;
+            EXIT WHEN FOUND;
+            PERFORM pg_sleep(0.01);
+        END LOOP;
+    END $$
+    """
+    with recovery(service), ThreadPoolExecutor() as threads:
+        ending = threads.submit(query, service.database_url, lock)
+        held = "SELECT FROM pg_locks WHERE relation = 'users'::regclass AND granted"
+        wait_for(lambda: query(service.database_url, held))
+        assert service.register()
+        ending.result()
 
 
 def test_user_is_registered_once_where_the_answer_to_the_commit_is_lost(
@@ -633,7 +678,10 @@ def test_nothing_acknowledged_is_lost_by_sigterm(database: Postgres) -> None:
         assert not query(url, WRONG_DIGESTS)
 
 
-def test_work_in_progress_is_finished_after_sigterm(database: Postgres) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_work_in_progress_is_finished_after_a_signal(
+    database: Postgres, sent: signal.Signals
+) -> None:
     with watched(database.create_database(), MAX_ENCODERS="1") as server:
         user = server.register()
         link, content = large_record(server, user)
@@ -646,7 +694,7 @@ def test_work_in_progress_is_finished_after_sigterm(database: Postgres) -> None:
             first.share(0.5)
             wait_for(lambda: working(server))
             children = server.children()
-            server.process.send_signal(signal.SIGTERM)
+            os.killpg(server.process.pid, sent)  # as Ctrl-C does
             wait_for(lambda: "Waiting for connections" in server.log)
             assert idle.socket.recv(1000) == b""
             with pytest.raises(ConnectionRefusedError):
@@ -655,6 +703,7 @@ def test_work_in_progress_is_finished_after_sigterm(database: Postgres) -> None:
             assert waiting.finish().status == 201
             assert downloading.finish() == content
         assert server.end(children) == 0
+        assert "Traceback" not in server.log
         assert server.records(user) == 3
 
 
@@ -668,6 +717,23 @@ def test_stalled_upload_does_not_hold_up_sigterm(database: Postgres) -> None:
             server.process.send_signal(signal.SIGTERM)
             assert sending.answer().status == 408
         assert server.end(children) == 0
+        assert server.records(user) == 0
+
+
+def test_upload_that_does_not_end_does_not_outlast_the_grace_after_sigterm(
+    database: Postgres,
+) -> None:
+    with watched(database.create_database(), STALL_SECONDS="3600") as server:
+        user = server.register()
+        with Sending(server, user, LONG) as sending:
+            sending.share(0.5)
+            encoders = wait_for(lambda: working(server))
+            server.process.send_signal(signal.SIGTERM)
+            answer = sending.answer()
+            unavailable(answer)
+            assert b"The service is stopping" in answer.body
+        assert server.process.wait(60) == 0
+        gone(encoders)
         assert server.records(user) == 0
 
 

@@ -5,6 +5,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import psutil
@@ -12,7 +13,7 @@ import pytest
 from conftest import StartServer
 from support import FORM, UPLOAD, Server, User, credentials, form, part, problem, wait_for
 from wav import chunk, ffmpeg, noise, pcm_format, riff, wav
-from wire import SPEECH, Sending, Wire, peak_memory, working
+from wire import SPEECH, Sending, Wire, chunked, peak_memory, working
 
 PCM = pcm_format(1, 16, 44100, 2)
 
@@ -49,6 +50,10 @@ FILES = {
     "another block": disagreeing(align=7),
     "another width": disagreeing(bits=24),
     "65535 bits": disagreeing(bits=65535),
+    "A-law of 16 bits": riff(pcm_format(6, 16, 8000, 1), bytes(4000)),
+    "ADPCM without a block": disagreeing(tag=2, bits=4, align=0),
+    "half an extensible format": disagreeing(tag=0xFFFE),
+    "half a ds64": b"RF64\xff\xff\xff\xffWAVE" + chunk(b"ds64", bytes(8)) + SPEECH[12:],
     "nested": riff(PCM, b"", before=riff(PCM, bytes(400))),
     "absurd chunk": b"RIFF\xff\xff\xff\xffWAVE" + b"junk\xf0\xff\xff\xff" + bytes(4000),
     "absurd format": b"RIFF\xff\xff\xff\xffWAVEfmt \xff\xff\xff\xff" + bytes(4000),
@@ -64,6 +69,11 @@ def test_file_that_is_not_what_it_says_is_refused(
     assert server.records(user) == 0
 
 
+def test_header_that_contradicts_itself_is_not_given_to_ffmpeg(server: Server, user: User) -> None:
+    response = server.upload(user, disagreeing(tag=2, bits=4, channels=0))
+    assert "0 channels of 4 bits" in problem(response, 422)
+
+
 def flood(size: int) -> Iterator[bytes]:
     yield from (bytes(1 << 16) for _ in range(size >> 16))
 
@@ -77,6 +87,8 @@ FORMS = {
     "nested": part("user_token", form(part("id_user", "1"))),
     "nothing but a name": b'--frontier\r\nContent-Disposition: form-data; name="id_user',
     "no disposition": b"--frontier\r\n\r\nx\r\n",
+    "text that is no UTF-8": part("user_token", b"\xff"),
+    "name that is no UTF-8": part("NAME", "x").replace(b"NAME", b"\xff"),
 }
 
 
@@ -85,6 +97,13 @@ def test_abused_form_is_refused(server: Server, user: User, parts: bytes) -> Non
     response = server.send(parts, *credentials(user), part("file_wav", b"", ""))
     assert 400 <= response.status_code < 500
     problem(response, response.status_code)
+
+
+@pytest.mark.parametrize("strangers, status", [(97, 201), (98, 400)])
+def test_form_may_have_100_parts(server: Server, user: User, strangers: int, status: int) -> None:
+    parts = [part("stranger", "x")] * strangers
+    response = server.send(*parts, *credentials(user), part("file_wav", SPEECH, "speech.wav"))
+    assert response.status_code == status
 
 
 @pytest.mark.parametrize("boundary", ["", "x" * 300, '"', "\x80", "a; boundary=b"])
@@ -165,10 +184,52 @@ def test_encoder_is_bounded_and_knows_nothing(server: Server, user: User) -> Non
         sending.share(0.5)
         [encoder] = wait_for(lambda: working(server))
         assert encoder.environ() == {"LC_ALL": "C"}
+        assert "-nostdin -loglevel level+verbose -protocol_whitelist pipe " in " ".join(
+            encoder.cmdline()
+        )
         assert encoder.nice() == 19
         assert encoder.rlimit(psutil.RLIMIT_CPU)[0] < 200
         assert encoder.rlimit(psutil.RLIMIT_FSIZE)[0] < 90_000_000
         assert sending.finish().status == 201
+
+
+def test_mp3_of_an_upload_of_unknown_length_has_to_fit_its_column(
+    server: Server, user: User
+) -> None:
+    body = form(*credentials(user), part("file_wav", noise(10_000_000), "noise.wav"))
+    sent = chunked(body)
+    with Wire(server) as wire:
+        wire.head(UPLOAD, {**FORM, "Transfer-Encoding": "chunked"})
+        wire.send(sent[:-100])
+        [encoder] = wait_for(lambda: working(server))
+        assert encoder.rlimit(psutil.RLIMIT_FSIZE)[0] <= 1_000_000_000
+        wire.send(sent[-100:])
+        assert wire.answer().status == 201
+
+
+def test_upload_that_makes_more_mp3_than_its_encoder_may_is_refused(
+    server: Server, user: User
+) -> None:
+    with Sending(server, user, noise(10_000_000)) as sending:
+        sending.share(0.5)
+        [encoder] = wait_for(lambda: working(server))
+        encoder.rlimit(psutil.RLIMIT_FSIZE, (100_000, 100_000))
+        assert sending.finish().status == 422
+    assert server.records(user) == 0
+
+
+@pytest.mark.parametrize("code, status", [(0, 422), (1, 503)])
+def test_encoder_that_says_too_much_takes_no_memory(
+    start_server: StartServer, tmp_path: Path, code: int, status: int
+) -> None:
+    ffmpeg = tmp_path / "ffmpeg"
+    ffmpeg.write_text(f"#!/bin/sh\nhead -c 50000000 /dev/zero >&2\nexit {code}\n")
+    ffmpeg.chmod(0o755)
+    server = start_server(FFMPEG=str(ffmpeg))
+    user, content = server.register(), noise(8_000_000)
+    before = peak_memory(server)
+    problem(server.upload(user, content), status)
+    assert peak_memory(server) - before < 8 << 20
 
 
 def test_chunks_before_the_audio_may_be_large(server: Server, user: User) -> None:

@@ -106,3 +106,15 @@ def test_running_out_of_descriptors_is_answered(start_server: StartServer) -> No
         refused = server.upload(user, SPEECH)
         assert "again" in problem(refused, 503)
     wait(lambda: server.upload(user, SPEECH).status_code == 201)
+
+
+def test_as_many_descriptors_are_taken_as_may_be(start_server: StartServer) -> None:
+    limited = ("sh", "-c", 'ulimit -S -n 64 && exec "$@"', "sh", *SERVICE)
+    server = start_server(limited)
+    user = server.register()
+    with ExitStack() as stack:
+        for _ in range(100):
+            wire = stack.enter_context(Wire(server))
+            wire.head("/healthz", {}, "GET")
+            assert wire.answer().status == 200
+        assert server.upload(user, SPEECH).status_code == 201

@@ -105,7 +105,8 @@ def test_ctrl_c_leaves_no_process_after_an_earlier_kill(data_dir: Path) -> None:
         killed.process.wait()
     with Server({"DATA_DIR": str(data_dir)}) as server:
         assert server.upload(user, wav()).status_code == 201
-        server.stop(signal.SIGINT)
+        assert server.stop(signal.SIGINT) == 0
+        assert "Traceback" not in server.log
     assert not processes_in(data_dir)
 
 

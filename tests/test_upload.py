@@ -366,6 +366,10 @@ def test_file_that_is_no_wav_of_a_known_codec_is_refused(
     assert refusal(server, user, content, file_first=file_first)
 
 
+def test_file_that_is_no_wav_is_called_that(server: Server, user: User) -> None:
+    assert "not a WAV" in refusal(server, user, NOT_WAV["text"])
+
+
 def test_codec_that_is_refused_is_named(server: Server, user: User) -> None:
     assert "0x0055" in refusal(server, user, NOT_WAV["mp3 in wav"])
 
