@@ -602,8 +602,10 @@ class Encoder:
             self._files = stack.pop_all()
 
     def _reap(self, loop: asyncio.AbstractEventLoop, end: int) -> None:
-        if self.process.poll() is not None:
-            loop.remove_reader(end)
+        loop.remove_reader(end)
+        if self.process.poll() is None:  # its files are closed, and it ends in a moment
+            loop.call_later(0.001, self._reap, loop, end)
+        else:
             os.close(end)
             self.ended.set()
 
@@ -612,7 +614,7 @@ class Encoder:
         if sys.platform == "linux":
             seconds = 60 + size // CPU_BYTES
             output = min((1 << 20) + size * EXPANSION, MP3_BYTES)
-            resource.prlimit(self.process.pid, resource.RLIMIT_CPU, (seconds, seconds))
+            resource.prlimit(self.process.pid, resource.RLIMIT_CPU, (seconds, seconds + 1))
             resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (output, output))
 
     async def write(self, data: memoryview) -> None:

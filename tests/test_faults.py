@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -191,10 +192,29 @@ def test_body_that_trickles_for_ever_is_answered_408(impatient: Server) -> None:
     assert impatient.records(user) == 0
 
 
+def test_body_that_arrives_slowly_but_as_fast_as_a_recording_is_taken(impatient: Server) -> None:
+    user = impatient.register()
+    with recovery(impatient), Sending(impatient, user, noise(100_000)) as sending:
+        sending.share(0.1)
+        end = time.monotonic() + 4  # later than a body of nothing may end
+        while time.monotonic() < end:
+            assert not select.select([sending.socket], [], [], 0.2)[0]
+            sending.share(0.0001)
+        assert sending.finish().status == 201
+
+
 def test_request_head_that_does_not_arrive_is_cut_off(impatient: Server) -> None:
-    with recovery(impatient), Wire(impatient) as silent, Wire(impatient) as half:
-        half.send(b"POST /api/registration/ HTTP/1.1\r\nHost: ")
-        for wire in (silent, half):
+    with (
+        recovery(impatient),
+        Wire(impatient) as silent,
+        Wire(impatient) as half,
+        Wire(impatient) as second,
+    ):
+        second.head("/healthz", {}, "GET")
+        assert second.answer().status == 200
+        for wire in (half, second):
+            wire.send(b"POST /api/registration/ HTTP/1.1\r\nHost: ")
+        for wire in (silent, half, second):
             wire.socket.settimeout(10)
             while wire.socket.recv(1000):
                 pass

@@ -75,6 +75,7 @@ def test_refusal_reaches_a_client_that_sends_everything_before_it_reads(
     assert answer.status == status
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert (answer.headers["Retry-After"] is not None) == (status == 503)
+    assert answer.headers["Connection"] == "close"
 
 
 @STATUSES
@@ -116,3 +117,24 @@ def test_refusal_known_from_the_head_spares_the_client_its_body(
     with Wire(server) as wire:
         wire.head(f"{UPLOAD}?id_user={user.id}", {**FORM, **sizes, **headers})
         assert wire.socket.recv(12) == f"HTTP/1.1 {status}".encode()
+
+
+def test_client_that_neither_sends_its_body_nor_goes_away_is_cut_off(server: Server) -> None:
+    with Wire(server) as wire:
+        wire.head(UPLOAD, {"Content-Type": "audio/wav", "Content-Length": "100"})
+        assert wire.answer().status == 415
+        wire.socket.settimeout(20)
+        assert wire.socket.recv(1000) == b""
+
+
+def test_error_after_the_whole_request_keeps_the_connection(server: Server, user: User) -> None:
+    with Wire(server) as wire:
+        body = form(*credentials(user))
+        for _ in range(2):
+            wire.head("/nothing", {}, "GET")
+            answer = wire.answer()
+            assert (answer.status, answer.headers["Connection"]) == (404, None)
+            wire.head(UPLOAD, {**FORM, "Content-Length": str(len(body))})
+            wire.send(body)
+            answer = wire.answer()
+            assert (answer.status, answer.headers["Connection"]) == (422, None)
