@@ -672,15 +672,14 @@ class Encoder:
             raise HTTPException(422, "The WAV holds no audio. Record something first.")
         return int(samples[-1])
 
-    def close(self) -> None:
-        """Kill the process, if it has not ended, and drop its files.
-
-        Nothing is awaited, since a shutdown that cancels a request does not wait for it.
-        """
+    async def close(self) -> None:
+        """End the process, if it has not ended, and drop its files."""
         if not self.ended.is_set():
             with suppress(PermissionError):  # macOS has it of a group that has just ended
                 os.killpg(self.process.pid, signal.SIGKILL)
-        self._files.close()
+        # A shutdown cancels what is in progress twice: the first time has the reason.
+        with self._files, suppress(asyncio.CancelledError):
+            await self.ended.wait()
 
 
 def complete(mp3: BinaryIO, samples: int) -> float:
@@ -781,16 +780,16 @@ class Running:
         finally:
             self.encoders.release()
 
-    @contextmanager
-    def encoder(self, size: int, wav: BinaryIO | None = None) -> Iterator[Encoder]:
+    @asynccontextmanager
+    async def encoder(self, size: int, wav: BinaryIO | None = None) -> AsyncIterator[Encoder]:
         """Lend an encoder for a WAV of at most size bytes; its process ends with the context."""
-        spare = None if wav else self.take_spare()
+        spare = None if wav else await self.take_spare()
         encoder = spare or Encoder(self.ffmpeg, wav)
         try:
             encoder.limit(size)
             yield encoder
         finally:
-            encoder.close()
+            await encoder.close()
         if not self.spare:  # only now, so as not to compete with the one that was lent
             self.start_spare()
 
@@ -799,17 +798,17 @@ class Running:
         with suppress(OSError, EncoderFailure):
             self.spare = Encoder(self.ffmpeg)
 
-    def take_spare(self) -> Encoder | None:
+    async def take_spare(self) -> Encoder | None:
         """Return the encoder that was started ahead, if there is one and it still lives."""
         spare, self.spare = self.spare, None
         if spare and spare.ended.is_set():
-            spare.close()
+            await spare.close()
             return None
         return spare
 
-    def close_spare(self) -> None:
+    async def close_spare(self) -> None:
         if self.spare:
-            self.spare.close()
+            await self.spare.close()
 
 
 async def nothing_to_reset(connection: object) -> None:
@@ -845,7 +844,7 @@ async def start(app: Starlette) -> Running:
             await pool
         await pool.execute((HERE / "db.sql").read_text())
         running = Running(pool, ffmpeg, asyncio.Semaphore(MAX_ENCODERS), stack.pop_all(), url)
-    running.stack.callback(running.close_spare)
+    running.stack.push_async_callback(running.close_spare)
     running.start_spare()
     return running
 
@@ -1047,7 +1046,7 @@ async def upload(request: Request) -> Response:
                 if not encoder and not waiting:
                     if form.has_credentials:
                         id_user = id_user or await authenticate(request, **form.texts)
-                        encoder = stack.enter_context(running.encoder(limit))
+                        encoder = await stack.enter_async_context(running.encoder(limit))
                     else:  # the file comes first: it waits for the credentials
                         waiting = stack.enter_context(TemporaryFile())
                 if encoder:
@@ -1059,7 +1058,7 @@ async def upload(request: Request) -> Response:
         wav.check()
         if waiting:
             waiting.seek(0)
-            encoder = stack.enter_context(running.encoder(wav.received, waiting))
+            encoder = await stack.enter_async_context(running.encoder(wav.received, waiting))
         assert encoder  # since the WAV has audio
         samples = await unless_gone(request, encoder.finish())
         encoded = clock()

@@ -223,7 +223,7 @@ class Server:
     def end(self, children: Sequence[psutil.Process]) -> int:
         """Wait for the end of a service that was told to stop, as stop does."""
         status = self.process.wait(60)
-        assert not any(map(lives, children))
+        assert not [child for child in children if child.is_running()]
         assert not list(self._scratch.iterdir())
         return status
 
@@ -238,11 +238,9 @@ class Server:
         shutil.rmtree(self._directory)
 
 
-def lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def script(path: Path, command: str, interpreter: str = "#!/bin/sh") -> None:
+    path.write_text(f"{interpreter}\n{command}\n")
+    path.chmod(0o755)
 
 
 def is_ffmpeg(process: psutil.Process) -> bool:

@@ -34,6 +34,7 @@ from support import (
     form,
     part,
     query,
+    script,
     wait_for,
 )
 from wav import noise
@@ -287,11 +288,6 @@ BROKEN: dict[str, Callable[[Path], object]] = {
         path, "echo 'ffmpeg: error while loading shared libraries: libx' >&2; exit 127"
     ),
 }
-
-
-def script(path: Path, command: str, interpreter: str = "#!/bin/sh") -> None:
-    path.write_text(f"{interpreter}\n{command}\n")
-    path.chmod(0o755)
 
 
 @pytest.mark.parametrize("break_it", BROKEN.values(), ids=BROKEN)

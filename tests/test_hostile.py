@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 from conftest import StartServer
-from support import FORM, UPLOAD, Server, User, credentials, form, part, problem, wait_for
+from support import FORM, UPLOAD, Server, User, credentials, form, part, problem, script, wait_for
 from wav import chunk, ffmpeg, noise, pcm_format, riff, wav
 from wire import SPEECH, Sending, Wire, chunked, peak_memory, working
 
@@ -223,8 +223,7 @@ def test_encoder_that_says_too_much_takes_no_memory(
     start_server: StartServer, tmp_path: Path, code: int, status: int
 ) -> None:
     ffmpeg = tmp_path / "ffmpeg"
-    ffmpeg.write_text(f"#!/bin/sh\nhead -c 50000000 /dev/zero >&2\nexit {code}\n")
-    ffmpeg.chmod(0o755)
+    script(ffmpeg, f"head -c 50000000 /dev/zero >&2; exit {code}")
     server = start_server(FFMPEG=str(ffmpeg))
     user, content = server.register(), noise(8_000_000)
     before = peak_memory(server)

@@ -29,9 +29,9 @@ from support import (
     Server,
     User,
     curl,
-    lives,
     problem,
     query,
+    script,
     wait_for,
 )
 from wav import decoded, noise, wav
@@ -67,6 +67,13 @@ class Host(Server):
 
 def in_uvicorn(factory: str) -> tuple[str, ...]:
     return *UVICORN, "--app-dir", TESTS, "--factory", f"mounts:{factory}"
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def in_hypercorn(factory: str) -> tuple[str, ...]:
@@ -497,14 +504,13 @@ def test_mounted_service_is_unready_while_its_database_hangs(database: Postgres)
         wait_for(lambda: readiness(host) == "ready")
 
 
-@pytest.mark.parametrize("script", [None, "exit 1", "exec sleep 60"])
+@pytest.mark.parametrize("command", [None, "exit 1", "exec sleep 60"])
 def test_service_is_unready_without_ffmpeg(
-    start_server: StartServer, tmp_path: Path, script: str | None
+    start_server: StartServer, tmp_path: Path, command: str | None
 ) -> None:
     ffmpeg = tmp_path / "ffmpeg"
-    if script:
-        ffmpeg.write_text(f"#!/bin/sh\n{script}\n")
-        ffmpeg.chmod(0o755)
+    if command:
+        script(ffmpeg, command)
     server = start_server(FFMPEG=str(ffmpeg))
     assert "ffmpeg" in readiness(server)
     wait_for(lambda: len(server.children()) <= 1)  # the encoder that is started ahead

@@ -70,7 +70,7 @@ def test_upload_that_waits_too_long_is_told_when_to_come_back(
         assert "busy" in problem(refused, 503)
         assert int(refused.headers["Retry-After"]) > 0
         retrying = pool.submit(curl, "--retry", "9", *arguments, cwd=tmp_path)
-        wait(lambda: server.log.count('" 503') >= 2)
+        wait(lambda: server.log.count('" 503') == 2)
         assert first.finish().status == 201
         assert retrying.result().status == 201
 
