@@ -193,8 +193,7 @@ RETURNING id_record
 
 OUT_OF_ORDER = (
     OSError,  # refused, reset, timed out; also a full disk
-    asyncpg.InterfaceError,  # the connection or the pool is closed
-    asyncpg.InternalClientError,  # the connection broke in mid-COPY
+    asyncpg.InternalClientError,  # the connection was lent just as it ended
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,  # PostgreSQL is starting or stopping
     asyncpg.InsufficientResourcesError,  # no disk, memory or connection left
@@ -518,7 +517,7 @@ class Wav:
             size = long_size
         # What recorders write into a pipe, where they cannot come back to fill it in: zero, all
         # ones, or (sox, arecord) just below 2 GiB.
-        if size not in (0, 2**32 - 1, 2**64 - 1, *range(0x7FFFF000, 0x80000000)):
+        if size not in (0, 2**32 - 1, *range(0x7FFFF000, 0x80000000)):
             self.declared = size
         self._empty_size = None if size else 8 + int.from_bytes(head[4:8], "little")
         self.start = self.received - len(self._head)
@@ -662,7 +661,7 @@ class Encoder:
         if code in (-signal.SIGXFSZ, -signal.SIGXCPU):
             raise HTTPException(422, "The WAV takes far more CPU or MP3 than a recording would.")
         if code > 0 and reason:
-            raise HTTPException(422, f"The WAV cannot be converted: {reason[1][:200]}.")
+            raise HTTPException(422, f"The WAV cannot be converted: {reason[1]}.")
         if code:
             raise EncoderFailure(f"it ended with status {code}")
         end = max(os.fstat(self._log.fileno()).st_size - LOG_BYTES, 0)
@@ -835,7 +834,7 @@ async def start(app: Starlette) -> Running:
                 logger.info("Embedded PostgreSQL keeps its data in %s", DATA_DIR)
             pool = asyncpg.create_pool(
                 url,
-                min_size=1,
+                min_size=0,
                 max_size=CONNECTIONS,
                 command_timeout=QUERY_SECONDS,
                 reset=nothing_to_reset,
@@ -877,8 +876,6 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             app.state.running = asyncio.create_task(start(app))
             running = await app.state.running
             break
-        except WRONG_URL:
-            raise
         except OUT_OF_ORDER as error:
             logger.warning("PostgreSQL does not answer, waiting for it: %s", error)
             await asyncio.sleep(1)
@@ -895,7 +892,7 @@ async def authenticate(request: Request, user_token: str, id_user: str | None = 
 
     Raises HTTPException 401.
     """
-    digest = hashlib.sha256(user_token.encode(errors="replace")).digest()
+    digest = hashlib.sha256(user_token.encode()).digest()
     owner: int | None = await retried((await state(request)).pool.fetchval, SELECT_USER, digest)
     if owner is None or (id_user is not None and owner != whole_number(id_user)):
         detail = "The credentials are wrong. Send the id_user and user_token of the registration."
@@ -1428,7 +1425,5 @@ if __name__ == "__main__":
     uvicorn_config = uvicorn.Config(
         app, HOST, PORT, http=Protocol, timeout_graceful_shutdown=GRACE_SECONDS
     )
-    server = Server(uvicorn_config)
     with suppress(KeyboardInterrupt):
-        server.run()
-    sys.exit(not server.started)
+        Server(uvicorn_config).run()

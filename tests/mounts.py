@@ -141,7 +141,8 @@ def arguments() -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(host: Starlette) -> AsyncIterator[None]:
-        async with asyncpg.create_pool(os.environ["POOL_DATABASE_URL"]) as pool:
+        url = os.environ["POOL_DATABASE_URL"]
+        async with asyncpg.create_pool(url, command_timeout=3) as pool:
             pooled = service.create_app(pool=pool)
             host.mount("/pooled", pooled)
             async with service.lifespan(pooled):

@@ -11,7 +11,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -69,6 +70,25 @@ def query(url: str, sql: str, *values: Any) -> list[asyncpg.Record]:
             await connection.close()
 
     return asyncio.run(rows())
+
+
+@contextmanager
+def uncommitted(url: str, sql: str) -> Iterator[None]:
+    """A transaction that has run sql, and is committed after the context."""
+    with asyncio.Runner() as runner:
+        connection: asyncpg.Connection[Any] = runner.run(asyncpg.connect(url))
+        try:
+            runner.run(connection.execute("BEGIN; " + sql))
+            yield
+            runner.run(connection.execute("COMMIT"))
+        finally:
+            runner.run(connection.close())
+
+
+def waiting_for_locks(url: str) -> int:
+    """How many queries wait for others to be committed."""
+    sql = "SELECT FROM pg_stat_activity WHERE datname = current_database()"
+    return len(query(url, sql + " AND wait_event_type = 'Lock'"))
 
 
 class Postgres:

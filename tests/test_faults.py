@@ -38,7 +38,18 @@ from support import (
     wait_for,
 )
 from wav import noise
-from wire import SPEECH, Answer, Sending, Wire, at_rest, gone, recovery, watched, working
+from wire import (
+    SPEECH,
+    Answer,
+    Sending,
+    Wire,
+    at_rest,
+    gone,
+    recovery,
+    watched,
+    working,
+    written,
+)
 
 LONG = noise(10_000_000)
 
@@ -187,8 +198,12 @@ def test_stalled_body_is_answered_408(impatient: Server) -> None:
 def test_body_that_trickles_for_ever_is_answered_408(impatient: Server) -> None:
     user = impatient.register()
     with recovery(impatient), Sending(impatient, user, LONG) as sending:
-        while not select.select([sending.socket], [], [], 0.05)[0]:
+
+        def answered() -> bool:
             sending.share(2e-7)  # a byte
+            return bool(select.select([sending.socket], [], [], 0.05)[0])
+
+        wait_for(answered)
         assert sending.answer().status == 408
     assert impatient.records(user) == 0
 
@@ -241,6 +256,28 @@ def test_upload_whose_encoder_dies_or_hangs_is_answered_503(
     assert impatient.records(user) == 0
 
 
+def test_encoder_that_gets_on_slowly_is_waited_for(impatient: Server) -> None:
+    user = impatient.register()
+    with (
+        recovery(impatient),
+        Sending(impatient, user, noise(30_000_000), file_first=True) as sending,
+    ):
+        sending.share(1)
+        [encoder] = wait_for(lambda: working(impatient))
+
+        def get_on() -> None:
+            encoder.suspend()
+            before = written(encoder)
+            assert not select.select([sending.socket], [], [], 0.3)[0]
+            encoder.resume()
+            wait_for(lambda: written(encoder) > before)
+
+        end = time.monotonic() + 3  # later than it may stand still
+        while time.monotonic() < end:
+            get_on()
+        assert sending.answer().status == 201
+
+
 def test_encoder_that_dies_before_its_upload_is_replaced(service: Server) -> None:
     user = service.register()
     with recovery(service):
@@ -283,6 +320,7 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "not executable": lambda path: path.write_text("#!/bin/sh\n"),
     "no program": lambda path: script(path, "", interpreter="\x7fELF"),
     "silent": lambda path: script(path, "exit 1"),
+    "killed": lambda path: script(path, "echo '[error] Cannot allocate memory' >&2; kill -9 $$"),
     "silent at the end": lambda path: script(path, "while read -r _; do :; done; exit 3"),
     "without its libraries": lambda path: script(
         path, "echo 'ffmpeg: error while loading shared libraries: libx' >&2; exit 127"
@@ -395,7 +433,7 @@ def test_only_health_is_answered_while_postgresql_is_down(
 ) -> None:
     user = service.register()
     link, content = large_record(service, user)
-    with recovery(service):
+    with recovery(service, cuts=True):
         with (
             Sending(service, user, LONG) as sending,
             Downloading(service, link) as downloading,
@@ -467,15 +505,16 @@ def test_upload_is_stored_once_where_the_connection_breaks_while_it_is_stored(
     assert server.records(user) == 1
 
 
+@pytest.mark.parametrize("table", ["users", "records"])
 @pytest.mark.parametrize("end", ["pg_cancel_backend(pid)", "pg_terminate_backend(pid, 30000)"])
-def test_query_that_postgresql_ends_is_repeated(service: Server, end: str) -> None:
+def test_query_that_postgresql_ends_is_repeated(service: Server, table: str, end: str) -> None:
     lock = f"""
     DO $$
     BEGIN
-        LOCK TABLE users;
+        LOCK TABLE {table};
         LOOP
             PERFORM {end} FROM pg_locks
-            WHERE relation = 'users'::regclass AND NOT granted;
+            WHERE relation = '{table}'::regclass AND NOT granted;
             EXIT WHEN FOUND;
             PERFORM pg_sleep(0.01);
         END LOOP;
@@ -483,10 +522,29 @@ def test_query_that_postgresql_ends_is_repeated(service: Server, end: str) -> No
     """
     with recovery(service), ThreadPoolExecutor() as threads:
         ending = threads.submit(query, service.database_url, lock)
-        held = "SELECT FROM pg_locks WHERE relation = 'users'::regclass AND granted"
+        held = f"SELECT FROM pg_locks WHERE relation = '{table}'::regclass AND granted"
         wait_for(lambda: query(service.database_url, held))
-        assert service.register()
+        assert service.upload(service.register(), SPEECH).status_code == 201
         ending.result()
+
+
+TERMINATE = """
+SELECT pg_terminate_backend(pid)
+FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
+
+
+def test_connections_that_postgresql_ends_under_load_are_not_missed(service: Server) -> None:
+    link = link_of(service.upload(service.register(), SPEECH))
+    with recovery(service):
+        http = service.http
+        with ThreadPoolExecutor(8) as threads:
+            downloads = [threads.submit(http.get, link) for _ in range(500)]
+            for number, download in enumerate(downloads):
+                if number % 25 == 0:
+                    query(service.database_url, TERMINATE)
+                assert download.result().status_code == 200, service.log
 
 
 def test_user_is_registered_once_where_the_answer_to_the_commit_is_lost(

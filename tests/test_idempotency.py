@@ -3,8 +3,23 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from conftest import StartServer
 from proxy import Proxy
-from support import FORM, UPLOAD, Server, User, credentials, curl, form, part, problem
+from support import (
+    FORM,
+    UPLOAD,
+    Server,
+    User,
+    credentials,
+    curl,
+    form,
+    part,
+    problem,
+    query,
+    uncommitted,
+    wait_for,
+    waiting_for_locks,
+)
 from wav import wav
 from wire import SPEECH
 
@@ -67,6 +82,32 @@ def test_key_of_a_deleted_record_is_free_again(server: Server, user: User) -> No
     bearer = {"Authorization": f"Bearer {user.token}"}
     assert server.http.delete(link, headers=bearer).status_code == 204
     assert send(server, user, OTHER, "key") != link
+
+
+DELETE_FIRST = """
+DO $$
+BEGIN
+    LOCK TABLE records;
+    DELETE FROM records;
+END $$
+"""
+
+
+def test_key_whose_record_is_deleted_while_it_is_looked_up_is_free_again(
+    start_server: StartServer,
+) -> None:
+    server = start_server()
+    user, url = server.register(), server.database_url
+    send(server, user, OTHER, "other")
+    with ThreadPoolExecutor() as threads:
+        with uncommitted(url, "UPDATE records SET idempotency_key = 'key'"):
+            link = threads.submit(send, server, user, SPEECH, "key")
+            wait_for(lambda: waiting_for_locks(url) == 1)
+            deletion = threads.submit(query, url, DELETE_FIRST)  # before any further query
+            wait_for(lambda: waiting_for_locks(url) == 2)
+        deletion.result()
+        assert server.http.get(link.result()).status_code == 200
+    assert server.records(user) == 1
 
 
 @pytest.mark.parametrize("key", ["", "k" * 256])

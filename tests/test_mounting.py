@@ -1,4 +1,3 @@
-import asyncio
 import json
 import os
 import re
@@ -14,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import httpx
 import psutil
 import pytest
@@ -32,7 +30,9 @@ from support import (
     problem,
     query,
     script,
+    uncommitted,
     wait_for,
+    waiting_for_locks,
 )
 from wav import decoded, noise, wav
 from wire import Sending, working
@@ -218,10 +218,16 @@ def test_service_comes_up_when_its_database_is_created(database: Postgres) -> No
 # With arguments of the host's
 
 
-def test_services_with_databases_of_their_own_live_in_one_process(postgres: Postgres) -> None:
+@pytest.fixture
+def databases(postgres: Postgres) -> dict[str, str]:
     names = ("DATABASE_URL", "OTHER_DATABASE_URL", "POOL_DATABASE_URL")
-    settings = {name: postgres.create_database() for name in names}
-    with Host(settings, in_uvicorn("arguments")) as host:
+    return {name: postgres.create_database() for name in names}
+
+
+def test_services_with_databases_of_their_own_live_in_one_process(
+    databases: dict[str, str],
+) -> None:
+    with Host(databases, in_uvicorn("arguments")) as host:
         users = [register(f"{host.url}/{path}", "Bob") for path in ("one", "other", "pooled")]
         assert [user.id for user in users] == [1, 1, 1]
         assert plays(upload(f"{host.url}/one", users[0]))
@@ -231,11 +237,22 @@ def test_services_with_databases_of_their_own_live_in_one_process(postgres: Post
         assert plays(link.replace("https://audio.example/mp3", f"{host.url}/other"))
         host.stop()
         assert "of the pool: still open" in host.log
-    assert [stored(settings[name]) for name in names] == [["Bob"]] * 3
+    assert [stored(database_url) for database_url in databases.values()] == [["Bob"]] * 3
 
 
 def stored(database_url: str) -> list[str]:
     return [row["username"] for row in query(database_url, "SELECT username FROM users")]
+
+
+def test_query_that_takes_longer_than_the_pool_allows_is_not_repeated(
+    databases: dict[str, str],
+) -> None:
+    with Host(databases, in_uvicorn("arguments")) as host:
+        registration = f"{host.url}/pooled/api/registration/"
+        with uncommitted(databases["POOL_DATABASE_URL"], "LOCK TABLE users"):
+            assert curl("-d", '{"username": "Bob"}', registration).status == 503
+        assert "again" not in host.log
+        assert register(f"{host.url}/pooled", "Bob")
 
 
 # What an import must not do: write, connect, start processes or threads.
@@ -527,33 +544,11 @@ def test_service_with_busy_encoders_is_ready(start_server: StartServer) -> None:
 def test_service_with_busy_connections_is_ready(start_server: StartServer) -> None:
     server = start_server()
     server.register()
-    with ThreadPoolExecutor(20) as pool, locked(server.database_url, "users"):
+    with ThreadPoolExecutor(20) as pool, uncommitted(server.database_url, "LOCK TABLE users"):
         registrations = [pool.submit(register, server.url) for _ in range(20)]
-        wait_for(lambda: len(query(server.database_url, WAITING)) >= 10)
+        wait_for(lambda: waiting_for_locks(server.database_url) >= 10)
         assert readiness(server) == "ready"
     assert all(registration.result() for registration in registrations)
-
-
-WAITING = """
-SELECT FROM pg_stat_activity
-WHERE datname = current_database() AND wait_event_type = 'Lock'
-"""
-
-
-@contextmanager
-def locked(database_url: str, table: str) -> Iterator[None]:
-    with asyncio.Runner() as runner:
-
-        async def lock() -> "asyncpg.Connection[Any]":
-            connection = await asyncpg.connect(database_url)
-            await connection.execute(f"BEGIN; LOCK TABLE {table}")
-            return connection
-
-        connection = runner.run(lock())
-        try:
-            yield
-        finally:
-            runner.run(connection.close())
 
 
 # Logs

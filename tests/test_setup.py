@@ -56,6 +56,12 @@ def test_schema_stores_mp3_for_slices_and_times_with_their_zone(server: Server) 
     assert times == {"timestamp with time zone"}
 
 
+def test_start_under_uvicorn_fails_where_the_address_is_wrong() -> None:
+    with Server({"DATABASE_URL": "mysql://localhost"}, UVICORN_SERVICE) as server:
+        assert server.process.wait(30) > 0
+        assert "mysql" in server.log
+
+
 # With the embedded PostgreSQL
 
 
@@ -118,6 +124,14 @@ def test_servers_that_start_together_share_an_embedded_postgresql(data_dir: Path
         first.stop(signal.SIGINT)
         assert second.upload(user, wav()).status_code == 201
     assert not processes_in(data_dir)
+
+
+def test_start_fails_where_the_data_is_damaged(data_dir: Path) -> None:
+    (data_dir / "postgresql").mkdir()
+    (data_dir / "postgresql" / "PG_VERSION").write_text("18\n")
+    with Server({"DATA_DIR": str(data_dir)}) as server:
+        assert server.process.wait(30) > 0
+        assert "pg_control" in server.log
 
 
 def test_start_says_where_it_listens_and_where_the_data_is(data_dir: Path) -> None:

@@ -95,14 +95,15 @@ class Sending(Wire):
         return self.answer()
 
 
+def written(encoder: psutil.Process) -> int:
+    """The bytes of MP3 that are there by now."""
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{encoder.pid}/fd/1").stat().st_size
+    return 0
+
+
 def working(server: Server) -> list[psutil.Process]:
     """The encoders that have written some MP3 by now: one may wait for the next upload."""
-
-    def written(encoder: psutil.Process) -> int:
-        with suppress(FileNotFoundError):
-            return Path(f"/proc/{encoder.pid}/fd/1").stat().st_size
-        return 0
-
     return [encoder for encoder in server.encoders() if written(encoder)]
 
 
@@ -174,12 +175,18 @@ def at_rest(server: Server, expected: Held | None = None) -> Held:
 
 
 @contextmanager
-def recovery(server: Server) -> Iterator[None]:
-    """After the context the service has to work, and to hold what it held before."""
+def recovery(server: Server, *, cuts: bool = False) -> Iterator[None]:
+    """After the context the service has to work, and to hold what it held before.
+
+    Nothing is a fault of its own, unless it had to cut an answer off.
+    """
+    logged = len(server.log)
     server.convert(SPEECH)
     before = at_rest(server)
     yield
     assert b"Xing" in server.convert(SPEECH)[:1000]
+    log = server.log[logged:]
+    assert '" 500' not in log and ("Traceback" in log) == cuts, log
     at_rest(server, before)
 
 
