@@ -558,6 +558,10 @@ ARGUMENTS = (
 ).split()
 
 
+# At the beginning of a line, where no tag can write: ffmpeg logs them, and indents their lines.
+COMPLAINT = re.compile(r"^(?:\[[^]]+ @ 0x[0-9a-f]+\] )*\[(?:error|fatal)\] (.*)", re.MULTILINE)
+
+
 class Encoder:
     """An ffmpeg process: WAV into its stdin, MP3 out into an unnamed temporary file."""
 
@@ -654,20 +658,21 @@ class Encoder:
                 if before == written:
                     raise EncoderFailure(f"it wrote nothing for {STALL_SECONDS} s") from None
         code = self.process.returncode
-        log = os.pread(self._log.fileno(), LOG_BYTES, 0).decode(errors="replace")
-        reason = re.search(r"\[(?:error|fatal)\] (.*)", log)
-        if os.strerror(errno.ENOSPC) in log:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if code in (-signal.SIGXFSZ, -signal.SIGXCPU):
+        end = max(os.fstat(self._log.fileno()).st_size - LOG_BYTES, 0)
+        logs = [os.pread(self._log.fileno(), LOG_BYTES, offset) for offset in (0, end)]
+        log = b"\n".join(logs).decode(errors="replace")
+        reasons = COMPLAINT.findall(log)
+        out_of_cpu = f"Exiting normally, received signal {signal.SIGXCPU:d}."
+        if code == -signal.SIGXFSZ or (code and out_of_cpu in log):
             raise HTTPException(422, "The WAV takes far more CPU or MP3 than a recording would.")
-        if code > 0 and reason:
-            raise HTTPException(422, f"The WAV cannot be converted: {reason[1]}.")
+        if code > 0 and any(os.strerror(errno.ENOSPC) in reason for reason in reasons):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if code > 0 and reasons:
+            raise HTTPException(422, f"The WAV cannot be converted: {reasons[0]}.")
         if code:
             raise EncoderFailure(f"it ended with status {code}")
-        end = max(os.fstat(self._log.fileno()).st_size - LOG_BYTES, 0)
-        log = os.pread(self._log.fileno(), LOG_BYTES, end).decode(errors="replace")
         samples = re.findall(r"frames encoded \(([0-9]+) samples\)", log)
-        if samples in ([], ["0"]):
+        if samples[-1:] in ([], ["0"]):
             raise HTTPException(422, "The WAV holds no audio. Record something first.")
         return int(samples[-1])
 
@@ -681,6 +686,9 @@ class Encoder:
             await self.ended.wait()
 
 
+FIRST_FRAME = re.compile(rb"(?s)(\xff[\xe2-\xff]..)(?:.{9}|.{17}|.{32})(?:Xing|Info)")
+
+
 def complete(mp3: BinaryIO, samples: int) -> float:
     """Make an MP3 play exactly its samples, and return their duration in seconds.
 
@@ -689,11 +697,12 @@ def complete(mp3: BinaryIO, samples: int) -> float:
     is up to 46 samples too few for one length in 25. Raises EncoderFailure where there is no tag.
     """
     with mmap.mmap(mp3.fileno(), 0) as data:
-        # The first frame: what comes before it is UTF-8, which has no such bytes.
-        found = re.search(rb"(?s)(\xff[\xe2-\xff]..)(?:.{9}|.{17}|.{32})(?:Xing|Info)", data)
+        # The first frame comes behind ID3 tags, whose size has seven bits in a byte.
+        start = 10 + int("".join(f"{byte:07b}" for byte in data[6:10]), 2)
+        found = FIRST_FRAME.match(data, start)
         if not found:
             raise EncoderFailure("it wrote no info tag")
-        start, tag, header = found.start(), found.end() - 4, int.from_bytes(found[1])
+        tag, header = found.end() - 4, int.from_bytes(found[1])
         version = header >> 19 & 3  # 3 is MPEG-1, 2 is MPEG-2, 0 is MPEG-2.5
         frames = int.from_bytes(data[tag + 8 : tag + 12])
         delay = int.from_bytes(data[tag + 141 : tag + 144]) >> 12
@@ -1366,30 +1375,45 @@ app = create_app()
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's, which itself bounds neither the size of a request's head nor the time it takes."""
+    """uvicorn's, which bounds neither what comes beside a body nor how long a head takes."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.await_head()
+        self.head_bytes = 0  # and trailers, and what encloses the chunks of a body
+        self.head_timer = self.loop.call_later(STALL_SECONDS, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.head_timer.cancel()
+        super().connection_lost(exc)
 
     def await_head(self) -> None:
-        self.head_bytes = 0
-        self.head_timer = self.loop.call_later(STALL_SECONDS, self.transport.close)
+        """Give a client STALL_SECONDS for a head, from the end of the answer before it."""
+        self.head_timer.cancel()
+        if not self.cycle or self.cycle.response_complete:
+            self.head_timer = self.loop.call_later(STALL_SECONDS, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
-        if self.head_bytes > HEAD_BYTES and not self.head_timer.cancelled():
+        if self.head_bytes > HEAD_BYTES:
             return self.send_400_response("The head of the request is too large.")
         self.head_bytes += len(data)
         super().data_received(data)
 
     def on_message_begin(self) -> None:
-        self.head_timer.cancel()
+        self.head_bytes = 0
         self.await_head()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self.head_timer.cancel()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self.head_bytes = 0
+        super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.await_head()
 
 
 class Server(uvicorn.Server):
@@ -1422,6 +1446,11 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 1 << 16), most))
     if DATABASE_URL:
         asyncio.run(probe(DATABASE_URL))
+    else:
+        try:
+            DATA_DIR.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.exit(f"DATA_DIR is wrong: {error}")
     uvicorn_config = uvicorn.Config(
         app, HOST, PORT, http=Protocol, timeout_graceful_shutdown=GRACE_SECONDS
     )

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import IncompleteRead
 from pathlib import Path
 from threading import Event
@@ -231,9 +231,33 @@ def test_request_head_that_does_not_arrive_is_cut_off(impatient: Server) -> None
         for wire in (half, second):
             wire.send(b"POST /api/registration/ HTTP/1.1\r\nHost: ")
         for wire in (silent, half, second):
-            wire.socket.settimeout(10)
-            while wire.socket.recv(1000):
-                pass
+            cut_off(wire)
+
+
+@pytest.mark.parametrize("headers, rest", [({}, b"\r\n"), ({"Content-Length": "9"}, b"1")])
+def test_connection_on_which_nothing_more_comes_is_cut_off(
+    impatient: Server, headers: dict[str, str], rest: bytes
+) -> None:
+    with recovery(impatient), Wire(impatient) as wire:
+        wire.head("/healthz", headers, "GET")
+        assert wire.answer().status == 200
+        wire.send(rest)
+        cut_off(wire)
+
+
+def cut_off(wire: Wire) -> None:
+    wire.socket.settimeout(10)
+    with suppress(ConnectionResetError):
+        while wire.socket.recv(1000):
+            pass
+
+
+def test_download_in_progress_does_not_mind_half_a_head(impatient: Server) -> None:
+    link, content = large_record(impatient, impatient.register())
+    with recovery(impatient), Downloading(impatient, link) as downloading:
+        downloading.send(b"GET /heal")
+        time.sleep(2)  # longer than a head may take
+        assert downloading.finish() == content
 
 
 # 3. ffmpeg fails

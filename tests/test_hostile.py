@@ -2,6 +2,7 @@
 
 import io
 import re
+import signal
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import psutil
 import pytest
 from conftest import StartServer
 from support import FORM, UPLOAD, Server, User, credentials, form, part, problem, script, wait_for
-from wav import chunk, ffmpeg, noise, pcm_format, riff, wav
+from wav import chunk, decoded, ffmpeg, noise, pcm_format, riff, wav
 from wire import SPEECH, Sending, Wire, chunked, peak_memory, working
 
 PCM = pcm_format(1, 16, 44100, 2)
@@ -123,14 +124,19 @@ def test_text_field_without_end_takes_no_memory(start_server: StartServer) -> No
     assert peak_memory(server) - before < 8 << 20
 
 
-def test_head_of_a_request_without_end_takes_no_memory(start_server: StartServer) -> None:
+@pytest.mark.parametrize("body", [b"", b"\r\n", b"\r\n1\r\n{\r\n0\r\n"])
+@pytest.mark.parametrize("end", [b"\r\n", b""])
+def test_lines_without_end_take_no_memory(
+    start_server: StartServer, body: bytes, end: bytes
+) -> None:
     server = start_server()
     server.register()
     before = peak_memory(server)
     with Wire(server) as wire, pytest.raises(OSError):
-        wire.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+        wire.send(b"POST /api/registration/ HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + body)
+        wire.send(b"X: ")
         for _ in range(1000):
-            wire.send(b"X: " + b"y" * 60_000 + b"\r\n")
+            wire.send(b"y" * 60_000 + end + b"X: " * bool(end))
     assert peak_memory(server) - before < 8 << 20
 
 
@@ -193,6 +199,17 @@ def test_encoder_is_bounded_and_knows_nothing(server: Server, user: User) -> Non
         assert sending.finish().status == 201
 
 
+def test_upload_that_takes_more_cpu_than_its_encoder_may_is_refused(
+    server: Server, user: User
+) -> None:
+    with Sending(server, user, noise(10_000_000)) as sending:
+        sending.share(0.5)
+        [encoder] = wait_for(lambda: working(server))
+        encoder.send_signal(signal.SIGXCPU)
+        assert sending.finish().status == 422
+    assert server.records(user) == 0
+
+
 def test_mp3_of_an_upload_of_unknown_length_has_to_fit_its_column(
     server: Server, user: User
 ) -> None:
@@ -229,6 +246,26 @@ def test_encoder_that_says_too_much_takes_no_memory(
     before = peak_memory(server)
     problem(server.upload(user, content), status)
     assert peak_memory(server) - before < 8 << 20
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        b"\xff\xfb\x90A" + b"A" * 32 + b"Xing" + b"B" * 200,
+        b"No space left on device",
+        b"\n[error] No space left on device\n[fatal] out of memory",
+        b"\n0 frames encoded (0 samples)",
+        b"x" * 60_000,
+    ],
+)
+def test_tag_is_nothing_but_a_tag(server: Server, user: User, tag: bytes) -> None:
+    tags = chunk(b"LIST", b"INFO" + chunk(b"INAM", tag + b"\0"))
+    response = server.upload(user, riff(PCM, bytes(40_000), before=tags))
+    assert response.status_code == 201, response.text
+    mp3 = server.http.get(response.json()["URL for download"]).content
+    assert len(decoded(mp3).samples) == 10_000
+    silent = riff(PCM, b"", before=tags)
+    assert "no audio" in problem(server.upload(user, silent), 422)
 
 
 def test_chunks_before_the_audio_may_be_large(server: Server, user: User) -> None:

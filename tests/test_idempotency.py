@@ -66,6 +66,19 @@ def test_key_of_another_file_is_refused(server: Server, user: User) -> None:
     assert server.records(user) == 1
 
 
+def test_two_files_that_arrive_at_once_under_one_key_are_not_both_stored(
+    server: Server, user: User
+) -> None:
+    def status(content: bytes) -> int:
+        body = form(*credentials(user), part("file_wav", content, "a.wav"))
+        headers = {**FORM, "Idempotency-Key": "key"}
+        return server.http.post(UPLOAD, content=body, headers=headers).status_code
+
+    with ThreadPoolExecutor() as threads:
+        assert sorted(threads.map(status, [SPEECH, OTHER])) == [201, 422]
+    assert server.records(user) == 1
+
+
 def test_keys_of_two_users_have_nothing_to_do_with_each_other(server: Server) -> None:
     links = {send(server, server.register(), SPEECH, "key") for _ in range(2)}
     assert len(links) == 2

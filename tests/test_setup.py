@@ -126,6 +126,14 @@ def test_servers_that_start_together_share_an_embedded_postgresql(data_dir: Path
     assert not processes_in(data_dir)
 
 
+def test_service_exits_with_a_line_where_its_data_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with Server({"DATA_DIR": str(tmp_path / "file" / "data")}) as server:
+        assert server.process.wait(30) > 0
+        [line] = server.log.splitlines()
+        assert line.startswith("DATA_DIR")
+
+
 def test_start_fails_where_the_data_is_damaged(data_dir: Path) -> None:
     (data_dir / "postgresql").mkdir()
     (data_dir / "postgresql" / "PG_VERSION").write_text("18\n")
