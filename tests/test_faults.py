@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from http.client import IncompleteRead
 from pathlib import Path
 from threading import Event
@@ -21,6 +22,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
 from proxy import Proxy
@@ -724,6 +726,9 @@ class Load:
                 else:
                     self.refused.append(response.status_code)
 
+    def has_acknowledged(self, records: int) -> bool:
+        return len(self.acknowledged) >= records
+
     def all_downloads_from(self, server: Server) -> bool:
         """Whether each record that was acknowledged has the digest of what was acknowledged."""
         return all(
@@ -764,6 +769,20 @@ def test_nothing_acknowledged_is_lost_by_a_crash_of_postgresql(
         assert set(load.refused) <= {503}, service.log
         assert load.all_downloads_from(service)
         assert not query(service.database_url, WRONG_DIGESTS)
+
+
+def test_nothing_acknowledged_is_lost_where_encoders_are_killed(service: Server) -> None:
+    with recovery(service):
+        with Load(service) as load:
+            for wanted in range(10, 40, 10):
+                wait_for(partial(load.has_acknowledged, wanted))
+                for encoder in service.encoders():
+                    with suppress(psutil.NoSuchProcess):
+                        encoder.kill()
+            wait_for(partial(load.has_acknowledged, 40))
+        assert not load.cut
+        assert set(load.refused) <= {503}
+        assert load.all_downloads_from(service)
 
 
 def test_nothing_acknowledged_is_lost_by_sigterm(database: Postgres) -> None:

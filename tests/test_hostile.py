@@ -185,17 +185,22 @@ def test_malformed_authorization_is_refused(server: Server, value: str) -> None:
     problem(server.http.get("/api/records", params={"id_user": 1}, headers=headers), 401)
 
 
-def test_encoder_is_bounded_and_knows_nothing(server: Server, user: User) -> None:
-    with Sending(server, user, noise(10_000_000)) as sending:
-        sending.share(0.5)
+@pytest.mark.parametrize(
+    "size, seconds, output", [(3_000_000, 100, 30_000_000), (10_000_000, 200, 90_000_000)]
+)
+def test_encoder_is_bounded_and_knows_nothing(
+    server: Server, user: User, size: int, seconds: int, output: int
+) -> None:
+    with Sending(server, user, noise(size)) as sending:
+        sending.share(0.9)
         [encoder] = wait_for(lambda: working(server))
         assert encoder.environ() == {"LC_ALL": "C"}
         assert "-nostdin -loglevel level+verbose -protocol_whitelist pipe " in " ".join(
             encoder.cmdline()
         )
         assert encoder.nice() == 19
-        assert encoder.rlimit(psutil.RLIMIT_CPU)[0] < 200
-        assert encoder.rlimit(psutil.RLIMIT_FSIZE)[0] < 90_000_000
+        assert size / 1_000_000 < encoder.rlimit(psutil.RLIMIT_CPU)[0] < seconds
+        assert size < encoder.rlimit(psutil.RLIMIT_FSIZE)[0] < output
         assert sending.finish().status == 201
 
 

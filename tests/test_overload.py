@@ -76,6 +76,26 @@ def test_upload_that_waits_too_long_is_told_when_to_come_back(
         assert retrying.result().status == 201
 
 
+def test_dozen_slow_uploads_do_not_lock_others_out(server: Server, user: User) -> None:
+    with ExitStack() as stack:
+        for _ in range(12):
+            stack.enter_context(Sending(server, user, LONG)).share(0.1)
+        assert server.upload(user, SPEECH).status_code == 201
+
+
+def test_clients_that_leave_the_queue_leave_their_place(start_server: StartServer) -> None:
+    server = start_server(MAX_ENCODERS="1")
+    user = server.register()
+    with busy(server, user) as first:
+        with ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(Waiting(server, user))
+            assert server.http.get("/healthz").status_code == 200
+        assert first.finish().status == 201
+    assert server.upload(user, SPEECH).status_code == 201
+    assert server.records(user) == 2
+
+
 def test_500_uploads_at_once_are_all_converted(start_server: StartServer) -> None:
     server = start_server(MAX_ENCODERS="4", QUEUE_SECONDS="3")
     user = server.register()

@@ -81,6 +81,11 @@ def test_missing_username_is_named(server: Server, content: object) -> None:
     assert "username" in problem(response, 422)
 
 
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"username": %b}' % (b"9" * 1_000_000)])
+def test_absurd_body_is_refused(server: Server, content: bytes) -> None:
+    problem(server.http.post(PATH, content=content), 413)
+
+
 @pytest.mark.parametrize("size, status", [(64 << 10, 201), ((64 << 10) + 1, 413)])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_body_may_have_64_kib(server: Server, size: int, status: int, chunked: bool) -> None:

@@ -1,5 +1,8 @@
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -8,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import StartServer
-from support import ROOT, SERVICE, UVICORN, Postgres, Server, query
+from support import ROOT, SERVICE, SETTINGS, UVICORN, Postgres, Server, query
 from wav import decoded, wav
 
 UVICORN_SERVICE = (*UVICORN, "--app-dir", str(ROOT), "service:app")
@@ -54,6 +57,16 @@ def test_schema_stores_mp3_for_slices_and_times_with_their_zone(server: Server) 
     assert [column["attstorage"] for column in columns if column["attname"] == "mp3"] == [b"e"]
     times = {column["type"] for column in columns if column["type"].startswith("time")}
     assert times == {"timestamp with time zone"}
+
+
+def test_defaults_are_those_of_the_tests(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "service.py", tmp_path)  # beside no .env
+    names = [name for name in SETTINGS if SETTINGS[name].isdigit() and name != "PORT"]
+    code = f"import service; print(*[getattr(service, name) for name in {names}])"
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split() == [SETTINGS[name] for name in names]
 
 
 def test_start_under_uvicorn_fails_where_the_address_is_wrong() -> None:
