@@ -5,7 +5,7 @@ import re
 import signal
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -204,17 +204,6 @@ def test_encoder_is_bounded_and_knows_nothing(
         assert sending.finish().status == 201
 
 
-def test_upload_that_takes_more_cpu_than_its_encoder_may_is_refused(
-    server: Server, user: User
-) -> None:
-    with Sending(server, user, noise(10_000_000)) as sending:
-        sending.share(0.5)
-        [encoder] = wait_for(lambda: working(server))
-        encoder.send_signal(signal.SIGXCPU)
-        assert sending.finish().status == 422
-    assert server.records(user) == 0
-
-
 def test_mp3_of_an_upload_of_unknown_length_has_to_fit_its_column(
     server: Server, user: User
 ) -> None:
@@ -229,13 +218,21 @@ def test_mp3_of_an_upload_of_unknown_length_has_to_fit_its_column(
         assert wire.answer().status == 201
 
 
-def test_upload_that_makes_more_mp3_than_its_encoder_may_is_refused(
-    server: Server, user: User
+@pytest.mark.parametrize(
+    "exceed",
+    [
+        lambda encoder: encoder.rlimit(psutil.RLIMIT_FSIZE, (100_000, 100_000)),
+        lambda encoder: encoder.send_signal(signal.SIGXCPU),
+    ],
+    ids=["MP3", "CPU"],
+)
+def test_upload_that_takes_more_than_its_encoder_may_is_refused(
+    server: Server, user: User, exceed: Callable[[psutil.Process], object]
 ) -> None:
     with Sending(server, user, noise(10_000_000)) as sending:
         sending.share(0.5)
         [encoder] = wait_for(lambda: working(server))
-        encoder.rlimit(psutil.RLIMIT_FSIZE, (100_000, 100_000))
+        exceed(encoder)
         assert sending.finish().status == 422
     assert server.records(user) == 0
 
