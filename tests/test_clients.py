@@ -17,6 +17,7 @@ from typing import Any, Self
 import psutil
 import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
+
 from store import store
 from support import Server, User, curl, wait_for
 from wav import ffmpeg, pcm_format, riff, wav

@@ -14,10 +14,10 @@ import httpx
 import psutil
 import pytest
 from starlette.datastructures import Headers
-from store import blocks_read, store
-from support import Server, User, problem
 
 from service import content_disposition, mp3_name, parse_range, precondition
+from store import blocks_read, store
+from support import Server, User, problem
 
 WHOLE = None
 NOTHING = range(0)

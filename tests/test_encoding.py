@@ -1,6 +1,7 @@
 import struct
 
 import pytest
+
 from support import Server
 from wav import (
     PCM,

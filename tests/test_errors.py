@@ -1,10 +1,11 @@
 from collections.abc import Iterator
 
 import pytest
+
 from support import ROOT, UVICORN, Postgres, Server, curl, problem
 from wav import decoded, wav
 
-HOST = (*UVICORN, "--app-dir", str(ROOT / "tests"), "host:app")
+HOST = (*UVICORN, "--app-dir", str(ROOT / "tests" / "lib"), "host:app")
 PREFIX = "/media/audio"
 
 

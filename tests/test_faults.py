@@ -25,6 +25,7 @@ import httpx
 import psutil
 import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
+
 from proxy import Proxy
 from support import (
     FORM,
@@ -54,29 +55,6 @@ from wire import (
 )
 
 LONG = noise(10_000_000)
-
-
-@pytest.fixture(scope="module")
-def database() -> Iterator[Postgres]:
-    """A PostgreSQL to break."""
-    database = Postgres()
-    try:
-        database.start()
-        yield database
-    finally:
-        database.remove()
-
-
-@pytest.fixture(scope="module")
-def service(database: Postgres) -> Iterator[Server]:
-    with watched(database.create_database()) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def impatient(database: Postgres) -> Iterator[Server]:
-    with watched(database.create_database(), STALL_SECONDS="1") as server:
-        yield server
 
 
 def unavailable(response: httpx.Response | Answer) -> None:
@@ -385,14 +363,6 @@ def test_upload_without_a_working_ffmpeg_is_answered_503(
 
 
 # 4. PostgreSQL fails
-
-
-@pytest.fixture
-def outage(database: Postgres) -> Iterator[Callable[[str], None]]:
-    """Stops PostgreSQL until the test is over or starts it."""
-    yield database.stop
-    if not (database.directory / "postmaster.pid").exists():
-        database.start()
 
 
 def restart(database: Postgres, mode: str = "fast") -> None:

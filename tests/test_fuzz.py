@@ -4,8 +4,7 @@ import os
 import random
 import time
 
-from conftest import StartServer
-from support import Server, User, credentials, form, part, wait_for
+from support import Server, StartServer, User, credentials, form, part, wait_for
 from wav import decoded, gsm, info, pcm_format, riff, wav
 from wire import SPEECH, Wire
 

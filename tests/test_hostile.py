@@ -11,8 +11,20 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from conftest import StartServer
-from support import FORM, UPLOAD, Server, User, credentials, form, part, problem, script, wait_for
+
+from support import (
+    FORM,
+    UPLOAD,
+    Server,
+    StartServer,
+    User,
+    credentials,
+    form,
+    part,
+    problem,
+    script,
+    wait_for,
+)
 from wav import chunk, decoded, ffmpeg, noise, pcm_format, riff, wav
 from wire import SPEECH, Sending, Wire, chunked, peak_memory, working
 

@@ -3,12 +3,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import StartServer
+
 from proxy import Proxy
 from support import (
     FORM,
     UPLOAD,
     Server,
+    StartServer,
     User,
     credentials,
     curl,

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from conftest import StartServer
+
 from mounts import HELLO, MISSING
 from support import (
     FORM,
@@ -25,6 +25,7 @@ from support import (
     UVICORN,
     Postgres,
     Server,
+    StartServer,
     User,
     curl,
     problem,
@@ -37,7 +38,7 @@ from support import (
 from wav import decoded, noise, wav
 from wire import Sending, working
 
-TESTS = str(ROOT / "tests")
+LIB = str(ROOT / "tests" / "lib")
 SPEECH = wav()
 
 
@@ -66,7 +67,7 @@ class Host(Server):
 
 
 def in_uvicorn(factory: str) -> tuple[str, ...]:
-    return *UVICORN, "--app-dir", TESTS, "--factory", f"mounts:{factory}"
+    return *UVICORN, "--app-dir", LIB, "--factory", f"mounts:{factory}"
 
 
 def lives(process: psutil.Process) -> bool:
@@ -77,13 +78,13 @@ def lives(process: psutil.Process) -> bool:
 
 
 def in_hypercorn(factory: str) -> tuple[str, ...]:
-    return sys.executable, "-m", "hypercorn", "--bind", "127.0.0.1:0", f"{TESTS}/mounts:{factory}()"
+    return sys.executable, "-m", "hypercorn", "--bind", "127.0.0.1:0", f"{LIB}/mounts:{factory}()"
 
 
 def in_granian(factory: str) -> tuple[str, ...]:
     # It takes no 0. Linux hands out ports from 32768 on, so nobody else is given this one.
     port = str(20_000 + os.getpid() % 10_000)
-    options = "--interface", "asgi", "--port", port, "--working-dir", TESTS, "--factory"
+    options = "--interface", "asgi", "--port", port, "--working-dir", LIB, "--factory"
     return sys.executable, "-m", "granian", *options, f"mounts:{factory}"
 
 
@@ -452,17 +453,6 @@ def test_usage_page_says_the_limits_in_force(start_server: StartServer) -> None:
 
 
 # Health
-
-
-@pytest.fixture(scope="module")
-def database() -> Iterator[Postgres]:
-    """A PostgreSQL to stop."""
-    database = Postgres()
-    try:
-        database.start()
-        yield database
-    finally:
-        database.remove()
 
 
 def readiness(server: Server) -> str:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import StartServer
 from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from support import ROOT, Server
-from wav import wav
 
 import service
+from support import ROOT, Server, StartServer
+from wav import wav
 
 DOCUMENT = ROOT / "openapi.json"
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
@@ -113,7 +112,7 @@ def test_service_keeps_the_contract(
     kept, *deletable = [re.findall("id_record=([^&]*)", link)[0] for link in links]
     configuration = CONFIGURATION.format(
         url=server.url,
-        hooks=ROOT / "tests" / "contract.py",
+        hooks=ROOT / "tests" / "lib" / "contract.py",
         examples=EXAMPLES,
         seed=SEED,
         token=user.token,
@@ -123,7 +122,7 @@ def test_service_keeps_the_contract(
     )
     (tmp_path / "schemathesis.toml").write_text(configuration)
     credentials = {"USER_TOKEN": user.token, "ID_USER": str(user.id)}
-    paths = {"PYTHONPATH": str(ROOT / "tests"), "NO_PROXY": "*"}
+    paths = {"PYTHONPATH": str(ROOT / "tests" / "lib"), "NO_PROXY": "*"}
     done = subprocess.run(
         [SCHEMATHESIS, "run", "--no-color", DOCUMENT],
         cwd=tmp_path,

@@ -5,8 +5,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from conftest import StartServer
-from support import FORM, SERVICE, UPLOAD, Server, User, credentials, curl, form, part, problem
+from support import (
+    FORM,
+    SERVICE,
+    UPLOAD,
+    Server,
+    StartServer,
+    User,
+    credentials,
+    curl,
+    form,
+    part,
+    problem,
+)
 from support import wait_for as wait
 from wav import noise, wav
 from wire import SPEECH, Sending, Wire, peak_memory, working

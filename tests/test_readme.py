@@ -4,8 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import StartServer
-from support import ROOT
+from support import ROOT, StartServer
 from wav import decoded
 
 # Not every machine has it, and it is not what is tested.

@@ -8,6 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
+
 from store import blocks_read, store, store_many
 from support import FORM, UPLOAD, Server, User, credentials, form, part, problem, query
 from wav import wav

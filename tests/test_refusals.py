@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
 from support import FORM, UPLOAD, Postgres, Server, User, credentials, curl, form, part, wait_for
 from wav import noise
 from wire import SPEECH, Sending, Wire, chunked

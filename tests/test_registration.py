@@ -4,6 +4,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from support import Server, curl, problem, query
 
 PATH = "/api/registration/"

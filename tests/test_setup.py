@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import StartServer
-from support import ROOT, SERVICE, SETTINGS, UVICORN, Postgres, Server, query
+
+from support import ROOT, SERVICE, SETTINGS, UVICORN, Postgres, Server, StartServer, query
 from wav import decoded, wav
 
 UVICORN_SERVICE = (*UVICORN, "--app-dir", str(ROOT), "service:app")

