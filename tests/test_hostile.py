@@ -25,8 +25,8 @@ from support import (
     script,
     wait_for,
 )
-from wav import chunk, decoded, ffmpeg, noise, pcm_format, riff, wav
-from wire import SPEECH, Sending, Wire, chunked, peak_memory, working
+from wav import SPEECH, chunk, decoded, ffmpeg, noise, pcm_format, riff, wav
+from wire import Sending, Wire, chunked, peak_memory, working
 
 PCM = pcm_format(1, 16, 44100, 2)
 

@@ -21,8 +21,7 @@ from support import (
     wait_for,
     waiting_for_locks,
 )
-from wav import wav
-from wire import SPEECH
+from wav import SPEECH, wav
 
 OTHER = wav(5000)
 

@@ -35,11 +35,10 @@ from support import (
     wait_for,
     waiting_for_locks,
 )
-from wav import decoded, noise, wav
+from wav import SPEECH, decoded, noise
 from wire import Sending, working
 
 LIB = str(ROOT / "tests" / "lib")
-SPEECH = wav()
 
 
 class Host(Server):

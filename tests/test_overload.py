@@ -19,11 +19,10 @@ from support import (
     problem,
 )
 from support import wait_for as wait
-from wav import noise, wav
-from wire import SPEECH, Sending, Wire, peak_memory, working
+from wav import LONG, SPEECH, wav
+from wire import Sending, Wire, peak_memory, working
 
 CLIP = wav(48_000, rate=8000, encoding="u8")  # 6 s
-LONG = noise(10_000_000)
 
 
 class Waiting(Wire):

@@ -11,10 +11,9 @@ import pytest
 
 from store import blocks_read, store, store_many
 from support import FORM, UPLOAD, Server, User, credentials, form, part, problem, query
-from wav import wav
+from wav import SPEECH
 
 RECORDS = "/api/records"
-SPEECH = wav(11025)
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
 

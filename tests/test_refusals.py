@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from support import FORM, UPLOAD, Postgres, Server, User, credentials, curl, form, part, wait_for
-from wav import noise
-from wire import SPEECH, Sending, Wire, chunked
+from wav import SPEECH, noise
+from wire import Sending, Wire, chunked
 
 LONG = noise(20_000_000)  # more than the sockets hold
 

@@ -22,10 +22,8 @@ from support import (
     problem,
     wait_for,
 )
-from wav import UNKNOWN, chunk, decoded, ffmpeg, info, noise, pcm_format, recoded, riff, wav
+from wav import SPEECH, UNKNOWN, chunk, decoded, ffmpeg, info, noise, pcm_format, recoded, riff, wav
 from wire import Sending, Wire, working
-
-SPEECH = wav()
 
 
 @pytest.fixture(scope="module")

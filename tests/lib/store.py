@@ -1,5 +1,6 @@
 """Records put straight into the database, and what reading them costs there."""
 
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -59,6 +60,12 @@ def store_many(
     rows = query(server.database_url, INSERT, user.id, times, filename, mp3)
     link = f"{server.url}/api/download?id_record={{}}&id_user={user.id}"
     return [link.format(row["id_record"]) for row in rows]
+
+
+def store_large(server: Server, user: User) -> tuple[str, bytes]:
+    """Return the link and the content of a record of which sockets can hold but a part."""
+    content = os.urandom(8 << 20)
+    return store(server, user, content), content
 
 
 class Blocks(NamedTuple):

@@ -95,6 +95,10 @@ def noise(size: int) -> bytes:
     return riff(pcm_format(1, 16, 44100, 2), random.Random(size).randbytes(size))
 
 
+SPEECH = wav()
+LONG = noise(10_000_000)  # more than sockets and pipes hold
+
+
 def gsm(blocks: int) -> bytes:
     """GSM 6.10: noise, of which each block of 65 bytes holds 320 samples."""
     fmt = struct.pack("<HHIIHHHH", 0x31, 1, 8000, 1625, 65, 0, 2, 320)

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import asyncpg
+import httpx
 import psutil
 
 from support import FORM, SERVICE, UPLOAD, Server, User, credentials, form, part, wait_for
-from wav import wav
-
-SPEECH = wav()
+from wav import SPEECH
 
 
 class Answer(NamedTuple):
@@ -94,6 +93,37 @@ class Sending(Wire):
     def finish(self) -> Answer:
         self.share(1)
         return self.answer()
+
+
+class Downloading(Wire):
+    """A download of which the first bytes are read."""
+
+    def __init__(self, server: Server, link: str) -> None:
+        super().__init__(server, receive_buffer=65536)
+        self.head(link.removeprefix(server.url), {}, "GET")
+        self._response = self.response("GET")
+        assert self._response.status == 200
+        self._start = self._response.read(100_000)
+
+    def finish(self) -> bytes:
+        return self._start + self._response.read()
+
+
+def link_of(response: httpx.Response | Answer) -> str:
+    """The link in an answer that has to be 201."""
+    if isinstance(response, httpx.Response):
+        assert response.status_code == 201, response.text
+    else:
+        assert response.status == 201, response.body
+    return str(response.headers["Location"])
+
+
+def unavailable(response: httpx.Response | Answer) -> None:
+    """Check that this is an answer that says to come back later."""
+    status = response.status_code if isinstance(response, httpx.Response) else response.status
+    assert status == 503
+    assert response.headers["Content-Type"] == "application/problem+json"
+    assert int(response.headers["Retry-After"]) > 0
 
 
 def written(encoder: psutil.Process) -> int:

@@ -1,0 +1,106 @@
+"""The service is ended."""
+
+import os
+import signal
+
+import pytest
+
+from load import Load
+from store import store_large
+from support import Postgres, wait_for
+from wav import LONG, SPEECH
+from wire import Downloading, Sending, Wire, gone, recovery, unavailable, watched, working
+
+
+def test_nothing_acknowledged_is_lost_by_kill_9(database: Postgres) -> None:
+    url = database.create_database()
+    with watched(url) as killed, Load(killed) as load:
+        children = killed.children()
+        killed.process.kill()
+        killed.process.wait()
+    gone(children)
+    with watched(url) as server:
+        assert load.all_downloads_from(server)
+        with recovery(server):
+            pass
+
+
+def test_nothing_acknowledged_is_lost_by_sigterm(database: Postgres) -> None:
+    url = database.create_database()
+    with watched(url) as stopped, Load(stopped) as load:
+        assert stopped.stop() == 0
+    assert not load.refused
+    with watched(url) as server:
+        assert load.all_downloads_from(server)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_work_in_progress_is_finished_after_a_signal(
+    database: Postgres, sent: signal.Signals
+) -> None:
+    with watched(database.create_database(), MAX_ENCODERS="1") as server:
+        user = server.register()
+        link, content = store_large(server, user)
+        with (
+            Downloading(server, link) as downloading,
+            Sending(server, user, LONG) as first,
+            Sending(server, user, SPEECH, headers={"Expect": "100-continue"}) as waiting,
+            Wire(server) as idle,
+        ):
+            first.share(0.5)
+            wait_for(lambda: working(server))
+            children = server.children()
+            os.killpg(server.process.pid, sent)  # as Ctrl-C does
+            wait_for(lambda: "Waiting for connections" in server.log)
+            assert idle.socket.recv(1000) == b""
+            with pytest.raises(ConnectionRefusedError):
+                Wire(server)
+            assert first.finish().status == 201
+            assert waiting.finish().status == 201
+            assert downloading.finish() == content
+        assert server.end(children) == 0
+        assert "Traceback" not in server.log
+        assert server.records(user) == 3
+
+
+def test_stalled_upload_does_not_hold_up_sigterm(database: Postgres) -> None:
+    with watched(database.create_database(), STALL_SECONDS="1") as server:
+        user = server.register()
+        with Sending(server, user, LONG) as sending:
+            sending.share(0.5)
+            wait_for(lambda: working(server))
+            children = server.children()
+            server.process.send_signal(signal.SIGTERM)
+            assert sending.answer().status == 408
+        assert server.end(children) == 0
+        assert server.records(user) == 0
+
+
+def test_upload_that_does_not_end_does_not_outlast_the_grace_after_sigterm(
+    database: Postgres,
+) -> None:
+    with watched(database.create_database(), STALL_SECONDS="3600") as server:
+        user = server.register()
+        with Sending(server, user, LONG) as sending:
+            sending.share(0.5)
+            encoders = wait_for(lambda: working(server))
+            server.process.send_signal(signal.SIGTERM)
+            answer = sending.answer()
+            unavailable(answer)
+            assert b"The service is stopping" in answer.body
+        assert server.process.wait(60) == 0
+        gone(encoders)
+        assert server.records(user) == 0
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_ends_the_service_at_once(database: Postgres, sent: signal.Signals) -> None:
+    with watched(database.create_database()) as server:
+        user = server.register()
+        with Sending(server, user, LONG) as sending:
+            sending.share(0.5)
+            wait_for(lambda: working(server))
+            server.process.send_signal(sent)
+            wait_for(lambda: "Waiting for connections" in server.log)
+            server.stop(sent)
+        assert server.records(user) == 0
