@@ -2,11 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from support import SERVICE, Postgres, Server, StartServer, User
 from wire import watched
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Three, since most tests wait for something; none for those that are over sooner."""
+    return 0 if all("unit" in Path(argument).parts for argument in config.args) else 3
 
 
 @pytest.fixture(scope="session")
