@@ -35,20 +35,6 @@ def link(server: Server) -> str:
 # curl
 
 
-@pytest.mark.parametrize(
-    "asked, status, expected",
-    [
-        ("100-199", 206, slice(100, 200)),
-        ("600000-", 206, slice(600_000, None)),
-        ("-100", 206, slice(-100, None)),
-        ("0-9,20-29", 200, slice(None)),
-        ("700000-", 416, slice(0)),
-    ],
-)
-def test_curl_takes_a_range(link: str, asked: str, status: int, expected: slice) -> None:
-    assert curl("--range", asked, link) == (status, MP3[expected])
-
-
 def test_curl_resumes_a_cut_download(server: Server, user: User, tmp_path: Path) -> None:
     link, file = store(server, user, BIG), tmp_path / "speech.mp3"
     command = ["curl", "--disable", "--silent", "--noproxy", "*", "--limit-rate", "1M"]
@@ -73,19 +59,16 @@ def test_curl_resumes_a_complete_download_without_harm(link: str, tmp_path: Path
         ("speech.wav", "speech.mp3"),
         ("my speech (2).wav", "my speech (2).mp3"),
         ("Zoë.wav", "Zoe.mp3"),
-        ("Запись.wav", "recording.mp3"),
-        ("会议.wav", "recording.mp3"),
         ("🎤.wav", "recording.mp3"),
         ("a%22; filename=b.wav", "a__ filename=b.mp3"),
         (r"C:\\fakepath\\x.wav", "x.mp3"),
         (r"\"quoted\".wav", "_quoted_.mp3"),
         ("../../x.wav", "x.mp3"),
-        ("/tmp/x.wav", "x.mp3"),
-        ("..", "recording.mp3"),
         ("-o.wav", "recording.mp3"),
         (".curlrc", "curlrc.mp3"),
         ("a\tb\x7f.wav", "ab.mp3"),
         ("x" * 300 + ".wav", "x" * 251 + ".mp3"),
+        ("\N{SMALL ROMAN NUMERAL EIGHT}" * 83, ("viii" * 83)[:251] + ".mp3"),
     ],
 )
 def test_curl_saves_under_a_sensible_name(
@@ -98,14 +81,6 @@ def test_curl_saves_under_a_sensible_name(
     (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
     assert file == directory / saved
     assert file.read_bytes() == server.http.get(link).content
-
-
-def test_curl_saves_under_a_name_that_grows_in_ascii(
-    server: Server, user: User, tmp_path: Path
-) -> None:
-    link = server.upload(user, SPEECH, "\N{SMALL ROMAN NUMERAL EIGHT}" * 83).json()
-    curl("--remote-name", "--remote-header-name", link["URL for download"], cwd=tmp_path)
-    assert [file.suffix for file in tmp_path.iterdir()] == [".mp3"]
 
 
 def test_curl_saves_no_copy_that_it_has_by_entity_tag(link: str, tmp_path: Path) -> None:

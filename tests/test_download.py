@@ -1,13 +1,12 @@
 import hashlib
 import random
-import socket
+import re
+import uuid
 from array import array
 from base64 import b64encode
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -15,6 +14,7 @@ import pytest
 
 from store import blocks_read, store
 from support import Server, User, problem
+from wire import Downloading
 
 # What is sent
 
@@ -66,25 +66,14 @@ def test_record_of_any_size_comes_whole(server: Server, user: User, size: int) -
     assert response.headers["Content-Length"] == str(size)
 
 
-def test_path_may_end_with_a_slash(server: Server, link: str) -> None:
-    response = server.http.get(link.replace("/download?", "/download/?"))
-    assert response.status_code == 200
-    assert response.content == MP3
-
-
 @pytest.mark.parametrize(
     "header, first, last",
     [
         ("bytes=0-0", 0, 0),
-        ("bytes=100-199", 100, 199),
         ("bytes=262143-262144", 262143, 262144),
         ("bytes=1000-600999", 1000, 600_999),
         ("bytes=262144-", 262144, 699_999),
-        ("bytes=699999-", 699_999, 699_999),
-        ("bytes=-1", 699_999, 699_999),
         ("bytes=-500000", 200_000, 699_999),
-        ("bytes=0-", 0, 699_999),
-        ("bytes=699990-800000", 699_990, 699_999),
     ],
 )
 def test_range(server: Server, link: str, header: str, first: int, last: int) -> None:
@@ -100,17 +89,15 @@ def test_range(server: Server, link: str, header: str, first: int, last: int) ->
     assert {**response.headers, "date": ""} == {**expected, "date": ""}
 
 
-@pytest.mark.parametrize("header", ["bytes=0-0,5-6", "seconds=0-1", "bytes=5-4", "all"])
-def test_range_that_is_not_understood_is_ignored(server: Server, link: str, header: str) -> None:
-    response = server.http.get(link, headers={"Range": header})
+def test_several_ranges_give_the_whole(server: Server, link: str) -> None:
+    response = server.http.get(link, headers={"Range": "bytes=0-0,5-6"})
     assert response.status_code == 200
     assert response.content == MP3
     assert "Content-Range" not in response.headers
 
 
-@pytest.mark.parametrize("header", ["bytes=700000-", "bytes=700000-700001", "bytes=-0"])
-def test_range_outside_is_refused_without_a_body(server: Server, link: str, header: str) -> None:
-    response = server.http.get(link, headers={"Range": header})
+def test_range_outside_is_refused_without_a_body(server: Server, link: str) -> None:
+    response = server.http.get(link, headers={"Range": "bytes=700000-"})
     assert response.status_code == 416
     assert response.content == b""
     assert response.headers["Content-Length"] == "0"
@@ -147,15 +134,9 @@ def test_if_range_guards_a_range_outside(
 
 NOT_MODIFIED = [
     {"If-None-Match": ETAG},
-    {"If-None-Match": f'"another", W/{ETAG}'},
-    {"If-None-Match": "*"},
-    {"If-None-Match": ETAG, "If-Modified-Since": BEFORE},
     {"If-Modified-Since": LAST_MODIFIED},
-    {"If-Modified-Since": AFTER},
-    {"If-None-Match": ETAG, "Range": "bytes=5-9"},
     {"If-None-Match": ETAG, "Range": "bytes=700000-"},
     {"If-Modified-Since": LAST_MODIFIED, "Range": "bytes=5-9", "If-Range": ETAG},
-    {"If-Match": ETAG, "If-None-Match": ETAG},
 ]
 
 
@@ -174,17 +155,7 @@ def test_copy_that_is_still_good_is_not_sent_again(
     assert "Content-Length" not in response.headers
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"If-None-Match": '"another"'},
-        {"If-None-Match": '"another"', "If-Modified-Since": AFTER},
-        {"If-Modified-Since": BEFORE},
-        {"If-Match": ETAG},
-        {"If-Unmodified-Since": LAST_MODIFIED},
-        {"If-Modified-Since": "Thu, 29 Feb 99999999999999999999 23:59:59 GMT"},
-    ],
-)
+@pytest.mark.parametrize("headers", [{"If-Modified-Since": BEFORE}, {"If-Match": ETAG}])
 def test_copy_that_is_not_good_is_sent_again(
     server: Server, link: str, headers: dict[str, str]
 ) -> None:
@@ -197,11 +168,8 @@ def test_copy_that_is_not_good_is_sent_again(
     "headers",
     [
         {"If-Match": '"another"'},
-        {"If-Match": f"W/{ETAG}"},
         {"If-Unmodified-Since": BEFORE},
-        {"If-Match": '"another"', "Range": "bytes=5-9"},
         {"If-Match": '"another"', "Range": "bytes=700000-"},
-        {"If-Match": '"another"', "If-None-Match": ETAG},
     ],
 )
 def test_copy_other_than_the_one_named_is_refused(
@@ -221,6 +189,37 @@ def test_head_has_the_headers_of_the_whole(server: Server, link: str, header: st
         assert head.status_code == 200
         assert head.content == b""
         assert {**head.headers, "date": ""} == {**get.headers, "date": ""}
+
+
+# What cannot be sent
+
+
+def test_record_of_another_user_is_not_found(server: Server, user: User, link: str) -> None:
+    wrong = re.sub(r"id_user=\d+", f"id_user={user.id}", link)
+    problem(server.http.get(wrong), 404)
+    assert server.http.head(wrong).status_code == 404
+    problem(server.http.delete(wrong, headers=user.bearer), 404)
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "",
+        "?id_user=ID",
+        "?id_record=NONE",
+        "?id_record=NONE&id_user=ID",
+        "?id_record=1&id_user=ID",
+        "?id_record=%00&id_user=ID",
+        "?id_record=NONE&id_user=one",
+        "?id_record=NONE&id_user=" + "9" * 5000,
+    ],
+)
+def test_unknown_record_is_not_found(
+    server: Server, user: User, method: str, parameters: str
+) -> None:
+    query = parameters.replace("ID", str(user.id)).replace("NONE", str(uuid.uuid4()))
+    problem(server.http.request(method, f"/api/download{query}", headers=user.bearer), 404)
 
 
 # What it takes to send it
@@ -246,44 +245,26 @@ def test_big_record_passes_through_little_memory(server: Server, link: str, big_
     assert most - before < 16 << 20
 
 
-@pytest.fixture
-def slow_reader(server: Server) -> Iterator[Callable[[str], socket.socket]]:
-    """Begins a download and reads hardly any of it."""
-    address = urlsplit(server.url)
-    with ExitStack() as stack:
-
-        def begin(link: str) -> socket.socket:
-            reader = stack.enter_context(socket.socket())
-            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-            reader.settimeout(60)
-            reader.connect((address.hostname, address.port))
-            reader.sendall(f"GET {link} HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
-            assert reader.recv(15, socket.MSG_WAITALL) == b"HTTP/1.1 200 OK"
-            return reader
-
-        yield begin
-
-
 def test_slow_clients_do_not_keep_the_others_from_theirs(
-    server: Server, link: str, big_link: str, slow_reader: Callable[[str], socket.socket]
+    server: Server, link: str, big_link: str
 ) -> None:
-    readers = [slow_reader(big_link) for _ in range(15)]
-    assert server.register().id
-    assert server.http.get(link).content == MP3
-    for reader in readers:
-        assert reader.recv(1)
+    with ExitStack() as stack:
+        readers = [stack.enter_context(Downloading(server, big_link)) for _ in range(15)]
+        assert server.register().id
+        assert server.http.get(link).content == MP3
+        for reader in readers:
+            assert reader.socket.recv(1)
 
 
 def test_download_of_a_record_that_is_deleted_meanwhile_is_cut(server: Server, user: User) -> None:
     link = store(server, user, BIG[: 32 << 20])  # more than fits into the buffers on the way
-    headers = {"Authorization": f"Bearer {user.token}"}
     with (
         pytest.raises(httpx.RemoteProtocolError),
         server.http.stream("GET", link) as response,
     ):
         chunks = response.iter_raw()
         assert next(chunks)
-        assert server.http.delete(link, headers=headers).status_code == 204
+        assert server.http.delete(link, headers=user.bearer).status_code == 204
         for _ in chunks:
             pass
     problem(server.http.get(link), 404)

@@ -3,20 +3,7 @@ import struct
 import pytest
 
 from support import Server
-from wav import (
-    PCM,
-    UNKNOWN,
-    chunk,
-    decoded,
-    gsm,
-    info,
-    noise,
-    pcm_format,
-    recoded,
-    riff,
-    tags,
-    wav,
-)
+from wav import PCM, UNKNOWN, chunk, decoded, gsm, info, noise, pcm_format, recoded, riff, tags, wav
 
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 

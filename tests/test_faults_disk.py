@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from support import Postgres, credentials, part, query
+from support import Postgres, query
 from wav import LONG
 from wire import recovery, unavailable, watched
 
@@ -42,9 +42,8 @@ def test_upload_that_fills_the_temporary_directory_is_answered_503(
         disk = stack.enter_context(small_disk("1m"))
         server = stack.enter_context(watched(database.create_database(), TMPDIR=str(disk)))
         user = server.register()
-        parts = [*credentials(user), part("file_wav", LONG, "long.wav")]
         with recovery(server):
-            unavailable(server.send(*(reversed(parts) if file_first else parts)))
+            unavailable(server.upload(user, LONG, file_first=file_first))
         assert server.records(user) == 0
 
 

@@ -4,7 +4,7 @@ import os
 import random
 import time
 
-from support import Server, StartServer, User, credentials, form, part, wait_for
+from support import Server, StartServer, User, fields, form, wait_for
 from wav import decoded, gsm, info, pcm_format, riff, wav
 from wire import Wire
 
@@ -56,7 +56,7 @@ def request(chance: random.Random, user: User) -> bytes:
             method = chance.choice([b"GET", b"HEAD", b"DELETE"])
             target = mutated(chance, chance.choice(TARGETS), 100)
             target = bytes(byte for byte in target if 0x20 < byte < 0x7F)
-    parts = [*credentials(user), part("file_wav", content, "a.wav")]
+    parts = fields(user, content)
     chance.shuffle(parts)
     body = form(*parts)
     if chance.randrange(3) == 0:
@@ -102,9 +102,5 @@ def answer(server: Server, sent: bytes) -> int:
 
 
 def records(server: Server, user: User) -> list[dict[str, str]]:
-    listing = server.http.get(
-        "/api/records",
-        params={"id_user": user.id, "limit": 1000},
-        headers={"Authorization": f"Bearer {user.token}"},
-    )
+    listing = server.http.get(f"/api/records?id_user={user.id}&limit=1000", headers=user.bearer)
     return list(listing.json()["records"])

@@ -19,13 +19,14 @@ from support import (
     StartServer,
     User,
     credentials,
+    fields,
     form,
     part,
     problem,
     script,
     wait_for,
 )
-from wav import SPEECH, chunk, decoded, ffmpeg, noise, pcm_format, riff, wav
+from wav import LONG, SPEECH, chunk, decoded, ffmpeg, noise, pcm_format, recoded, riff, wav
 from wire import Sending, Wire, chunked, peak_memory, working
 
 PCM = pcm_format(1, 16, 44100, 2)
@@ -51,6 +52,21 @@ def disagreeing(**fields: int) -> bytes:
 
 FILES = {
     "HLS playlist": b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n",
+    "empty": b"",
+    "zeros": bytes(10_000),
+    "mp3": ffmpeg("-f", "mp3", stdin=SPEECH),
+    "ogg": ffmpeg("-f", "ogg", stdin=SPEECH),
+    "avi": b"RIFF\x64\0\0\0AVI " + SPEECH[12:],
+    "half a header": SPEECH[:30],
+    "no format": b"RIFF\x64\0\0\0WAVE" + chunk(b"data", bytes(100)),
+    "no data": b"RIFF\x64\0\0\0WAVE" + chunk(b"fmt ", pcm_format(1, 16, 44100, 2)),
+    "short format": riff(b"\x01\0\x01\0", bytes(100)),
+    "no rate": riff(pcm_format(1, 16, 0, 1), bytes(100)),
+    "no bits": riff(pcm_format(1, 0, 44100, 1), bytes(100)),
+    "12 kHz of 7 bits": riff(pcm_format(1, 7, 12000, 1), bytes(100)),
+    "ac3 in wav": recoded(wav(rate=48000), "ac3"),
+    "rf64 of unknown length": wav(form=b"RF64", declared=0),  # ffmpeg takes it for empty
+    "g722 in wav": recoded(wav(rate=16000), "g722"),
     "concat script": b"ffconcat version 1.0\nfile /etc/passwd\n",
     "SDP": b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=audio 5004 RTP/AVP 0\n",
     "zip": archive(),
@@ -115,8 +131,7 @@ def test_abused_form_is_refused(server: Server, user: User, parts: bytes) -> Non
 @pytest.mark.parametrize("strangers, status", [(97, 201), (98, 400)])
 def test_form_may_have_100_parts(server: Server, user: User, strangers: int, status: int) -> None:
     parts = [part("stranger", "x")] * strangers
-    response = server.send(*parts, *credentials(user), part("file_wav", SPEECH, "speech.wav"))
-    assert response.status_code == status
+    assert server.send(*parts, *fields(user, SPEECH)).status_code == status
 
 
 @pytest.mark.parametrize("boundary", ["", "x" * 300, '"', "\x80", "a; boundary=b"])
@@ -170,31 +185,12 @@ def test_hostile_filename_is_tamed(server: Server, user: User, filename: str) ->
         )
 
 
-HUGE = str(2**63), "9" * 5000, "-1", "+1", "1_0", "\u0661", "\0", "", "1e3", " 1"
-
-
-@pytest.mark.parametrize("id_user", HUGE)
-def test_id_that_is_none_is_nobody(server: Server, user: User, id_user: str) -> None:
-    bearer = {"Authorization": f"Bearer {user.token}"}
-    link = {"id_user": id_user, "id_record": "00000000-0000-0000-0000-000000000000"}
-    assert server.http.get("/api/download", params=link).status_code == 404
-    assert server.http.delete("/api/download", params=link, headers=bearer).status_code == 404
-    listing = server.http.get("/api/records", params={"id_user": id_user}, headers=bearer)
-    assert listing.status_code == 401
-
-
 @pytest.mark.parametrize("query", ["%", "%00", "%ff%fe", "id_user=%00&id_record=%ff", "&&==;", "é"])
 @pytest.mark.parametrize("path", ["/api/download", "/api/records", "/", "/healthz", "/%ff/%00"])
 def test_malformed_query_is_no_fault_of_the_service(server: Server, path: str, query: str) -> None:
     with Wire(server) as wire:
         wire.send(f"GET {path}?{query} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         assert wire.answer().status in (200, 400, 401, 404)
-
-
-@pytest.mark.parametrize("value", ["Bearer", "Bearer \xff", "Basic eA==", "bearer " + "x" * 9000])
-def test_malformed_authorization_is_refused(server: Server, value: str) -> None:
-    headers = httpx.Headers({b"Authorization": value.encode("latin-1")})
-    problem(server.http.get("/api/records", params={"id_user": 1}, headers=headers), 401)
 
 
 @pytest.mark.parametrize(
@@ -219,8 +215,7 @@ def test_encoder_is_bounded_and_knows_nothing(
 def test_mp3_of_an_upload_of_unknown_length_has_to_fit_its_column(
     server: Server, user: User
 ) -> None:
-    body = form(*credentials(user), part("file_wav", noise(10_000_000), "noise.wav"))
-    sent = chunked(body)
+    sent = chunked(form(*fields(user, LONG)))
     with Wire(server) as wire:
         wire.head(UPLOAD, {**FORM, "Transfer-Encoding": "chunked"})
         wire.send(sent[:-100])
@@ -241,7 +236,7 @@ def test_mp3_of_an_upload_of_unknown_length_has_to_fit_its_column(
 def test_upload_that_takes_more_than_its_encoder_may_is_refused(
     server: Server, user: User, exceed: Callable[[psutil.Process], object]
 ) -> None:
-    with Sending(server, user, noise(10_000_000)) as sending:
+    with Sending(server, user, LONG) as sending:
         sending.share(0.5)
         [encoder] = wait_for(lambda: working(server))
         exceed(encoder)

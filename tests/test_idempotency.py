@@ -1,20 +1,16 @@
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
 from proxy import Proxy
 from support import (
-    FORM,
     UPLOAD,
     Server,
     StartServer,
     User,
-    credentials,
     curl,
-    form,
-    part,
+    curl_form,
     problem,
     query,
     uncommitted,
@@ -22,19 +18,14 @@ from support import (
     waiting_for_locks,
 )
 from wav import SPEECH, wav
+from wire import link_of
 
 OTHER = wav(5000)
 
 
 def send(server: Server, user: User, content: bytes, key: str, filename: str = "a.wav") -> str:
     """Upload under a key, and return the link."""
-    response = server.http.post(
-        UPLOAD,
-        content=form(*credentials(user), part("file_wav", content, filename)),
-        headers={**FORM, "Idempotency-Key": key},
-    )
-    assert response.status_code == 201, response.text
-    return str(response.json()["URL for download"])
+    return link_of(server.upload(user, content, filename, headers={"Idempotency-Key": key}))
 
 
 @pytest.mark.parametrize("key", ["1", "a8f5f167-8d4e-4f7b", '"quoted"', "k" * 255])
@@ -57,11 +48,7 @@ def test_uploads_that_arrive_at_once_under_one_key_are_stored_once(
 
 def test_key_of_another_file_is_refused(server: Server, user: User) -> None:
     send(server, user, SPEECH, "key")
-    response = server.http.post(
-        UPLOAD,
-        content=form(*credentials(user), part("file_wav", OTHER, "a.wav")),
-        headers={**FORM, "Idempotency-Key": "key"},
-    )
+    response = server.upload(user, OTHER, headers={"Idempotency-Key": "key"})
     assert "Idempotency-Key" in problem(response, 422)
     assert server.records(user) == 1
 
@@ -70,9 +57,7 @@ def test_two_files_that_arrive_at_once_under_one_key_are_not_both_stored(
     server: Server, user: User
 ) -> None:
     def status(content: bytes) -> int:
-        body = form(*credentials(user), part("file_wav", content, "a.wav"))
-        headers = {**FORM, "Idempotency-Key": "key"}
-        return server.http.post(UPLOAD, content=body, headers=headers).status_code
+        return server.upload(user, content, headers={"Idempotency-Key": "key"}).status_code
 
     with ThreadPoolExecutor() as threads:
         assert sorted(threads.map(status, [SPEECH, OTHER])) == [201, 422]
@@ -92,8 +77,7 @@ def test_uploads_without_a_key_are_all_stored(server: Server, user: User) -> Non
 
 def test_key_of_a_deleted_record_is_free_again(server: Server, user: User) -> None:
     link = send(server, user, SPEECH, "key")
-    bearer = {"Authorization": f"Bearer {user.token}"}
-    assert server.http.delete(link, headers=bearer).status_code == 204
+    assert server.http.delete(link, headers=user.bearer).status_code == 204
     assert send(server, user, OTHER, "key") != link
 
 
@@ -125,24 +109,19 @@ def test_key_whose_record_is_deleted_while_it_is_looked_up_is_free_again(
 
 @pytest.mark.parametrize("key", ["", "k" * 256])
 def test_key_of_another_length_is_refused(server: Server, user: User, key: str) -> None:
-    response = server.http.post(UPLOAD, headers={**FORM, "Idempotency-Key": key})
-    assert "255" in problem(response, 422)
+    assert "255" in problem(server.send(headers={"Idempotency-Key": key}), 422)
 
 
-def test_curl_retries_after_a_lost_answer_without_storing_twice(
-    server: Server, user: User, tmp_path: Path
-) -> None:
-    wav_file = tmp_path / "speech.wav"
-    wav_file.write_bytes(SPEECH)
+def test_curl_retries_after_a_lost_answer_without_storing_twice(server: Server, user: User) -> None:
     address = urlsplit(server.url)
     with Proxy((str(address.hostname), address.port or 80)) as proxy:
         proxy.cut_at = b"HTTP/1.1 201"
         reply = curl(
             *("--retry", "3", "--retry-all-errors", "--retry-delay", "1"),
             *("-H", "Idempotency-Key: lost"),
-            *("-F", f"user_token={user.token}", "-F", f"id_user={user.id}"),
-            *("-F", f"file_wav=@{wav_file}"),
+            *curl_form(user),
             f"http://127.0.0.1:{proxy.port}{UPLOAD}",
+            stdin=SPEECH,
         )
         assert proxy.cut_at is None
     assert reply.status == 201

@@ -12,10 +12,10 @@ from support import (
     Server,
     StartServer,
     User,
-    credentials,
     curl,
+    curl_form,
+    fields,
     form,
-    part,
     problem,
 )
 from support import wait_for as wait
@@ -30,7 +30,7 @@ class Waiting(Wire):
 
     def __init__(self, server: Server, user: User) -> None:
         super().__init__(server)
-        self.body = form(*credentials(user), part("file_wav", SPEECH, "speech.wav"))
+        self.body = form(*fields(user, SPEECH))
         length = {"Content-Length": str(len(self.body)), "Expect": "100-continue"}
         self.head(UPLOAD, {**FORM, **length})
 
@@ -72,10 +72,7 @@ def test_upload_that_waits_too_long_is_told_when_to_come_back(
     server = start_server(MAX_ENCODERS="1", QUEUE_SECONDS="0")
     user = server.register()
     (tmp_path / "speech.wav").write_bytes(SPEECH)
-    arguments = (
-        *("-F", f"user_token={user.token}", "-F", f"id_user={user.id}"),
-        *("-F", "file_wav=@speech.wav", server.url + UPLOAD),
-    )
+    arguments = *curl_form(user, "@speech.wav"), server.url + UPLOAD
     with busy(server, user) as first, ThreadPoolExecutor() as pool:
         refused = server.upload(user, SPEECH)
         assert "busy" in problem(refused, 503)

@@ -8,7 +8,7 @@ from typing import Self
 
 import httpx
 
-from support import FORM, UPLOAD, Server, User, credentials, form, part, query, wait_for
+from support import FORM, UPLOAD, Server, User, fields, form, query, wait_for
 from wav import noise
 
 WRONG_DIGESTS = "SELECT FROM records WHERE sha256 <> sha256(mp3)"
@@ -43,8 +43,7 @@ class Load:
         self._threads.shutdown()
 
     def _upload(self, number: int, user: User) -> None:
-        parts = *credentials(user), part("file_wav", self._wavs[number], "noise.wav")
-        content = form(*(reversed(parts) if number % 2 else parts))
+        content = form(*fields(user, self._wavs[number], file_first=number % 2 == 1))
         with httpx.Client(base_url=self._server.url, timeout=60, trust_env=False) as http:
             while not self._over.is_set():
                 try:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -150,6 +150,10 @@ class User(NamedTuple):
     id: int
     token: str
 
+    @property
+    def bearer(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
+
 
 class Server:
     """The service as a process: listening once its url is asked for, gone after the context."""
@@ -207,11 +211,20 @@ class Server:
         answer = self.http.post("/api/registration/", json={"username": uuid.uuid4().hex}).json()
         return User(answer["id_user"], answer["user_token"])
 
-    def upload(self, user: User, wav: bytes, filename: str = "speech.wav") -> httpx.Response:
-        return self.send(*credentials(user), part("file_wav", wav, filename))
+    def upload(
+        self,
+        user: User,
+        wav: bytes,
+        filename: str = "speech.wav",
+        *,
+        file_first: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        parts = fields(user, wav, filename, file_first=file_first)
+        return self.send(*parts, headers=headers)
 
-    def send(self, *parts: bytes) -> httpx.Response:
-        return self.http.post(UPLOAD, content=form(*parts), headers=FORM)
+    def send(self, *parts: bytes, headers: Mapping[str, str] | None = None) -> httpx.Response:
+        return self.http.post(UPLOAD, content=form(*parts), headers={**FORM, **(headers or {})})
 
     def convert(self, wav: bytes) -> bytes:
         """Return the MP3 of an upload by a new user."""
@@ -280,6 +293,14 @@ def credentials(user: User) -> tuple[bytes, bytes]:
     return part("user_token", user.token), part("id_user", str(user.id))
 
 
+def fields(
+    user: User, wav: bytes, filename: str = "speech.wav", *, file_first: bool = False
+) -> list[bytes]:
+    """The parts of an upload."""
+    parts = [*credentials(user), part("file_wav", wav, filename)]
+    return parts[::-1] if file_first else parts
+
+
 def part(name: str, content: str | bytes, filename: str | None = None) -> bytes:
     disposition = f'Content-Disposition: form-data; name="{name}"'
     if filename is not None:
@@ -316,3 +337,8 @@ def curl(*arguments: str, stdin: bytes = b"", cwd: Path | None = None) -> Reply:
     done = subprocess.run(command, input=stdin, capture_output=True, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return Reply(int(done.stderr[-3:]), done.stdout)  # before it, why a retry was needed
+
+
+def curl_form(user: User, file: str = "@-;filename=speech.wav") -> list[str]:
+    """The options by which curl uploads its stdin, or another file."""
+    return ["-F", f"user_token={user.token}", "-F", f"id_user={user.id}", "-F", f"file_wav={file}"]

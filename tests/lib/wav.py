@@ -96,7 +96,7 @@ def noise(size: int) -> bytes:
 
 
 SPEECH = wav()
-LONG = noise(10_000_000)  # more than sockets and pipes hold
+LONG = noise(10_000_000)  # a minute
 
 
 def gsm(blocks: int) -> bytes:
@@ -106,8 +106,13 @@ def gsm(blocks: int) -> bytes:
 
 
 def ffmpeg(*arguments: str, stdin: bytes) -> bytes:
-    """What ffmpeg makes of stdin, both being files: it has to seek for sizes in headers."""
-    command = [get_ffmpeg_exe(), "-v", "error", "-i", "/dev/stdin", *arguments, "-y", "/dev/stdout"]
+    """What ffmpeg makes of stdin, both being files: it has to seek for sizes in headers.
+
+    It is told what stdin is: of three frames of MP3 it would not believe that they are any.
+    """
+    kind = "wav" if stdin.startswith((b"RIFF", b"RF64")) else "mp3"
+    command = [get_ffmpeg_exe(), "-v", "error", "-f", kind, "-i", "/dev/stdin"]
+    command += [*arguments, "-y", "/dev/stdout"]
     with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as output:
         source.write(stdin)
         source.seek(0)

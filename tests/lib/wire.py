@@ -13,7 +13,7 @@ import asyncpg
 import httpx
 import psutil
 
-from support import FORM, SERVICE, UPLOAD, Server, User, credentials, form, part, wait_for
+from support import FORM, SERVICE, UPLOAD, Server, User, fields, form, wait_for
 from wav import SPEECH
 
 
@@ -79,8 +79,7 @@ class Sending(Wire):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(server)
-        parts = [*credentials(user), part("file_wav", content, "speech.wav")]
-        self._rest = memoryview(form(*(reversed(parts) if file_first else parts)))
+        self._rest = memoryview(form(*fields(user, content, file_first=file_first)))
         length = {"Content-Length": str(len(self._rest))}
         self.head(UPLOAD, {**FORM, **length, **(headers or {})})
 
