@@ -63,6 +63,7 @@ def test_many_clients_that_go_away_together_leave_nothing(service: Server) -> No
 # It stalls
 
 
+@pytest.mark.slow
 def test_stalled_body_is_answered_408(impatient: Server) -> None:
     user = impatient.register()
     with recovery(impatient), ExitStack() as stack:
@@ -95,6 +96,7 @@ def test_body_that_trickles_for_ever_is_answered_408(impatient: Server) -> None:
     assert impatient.records(user) == 0
 
 
+@pytest.mark.slow
 def test_body_that_arrives_slowly_but_as_fast_as_a_recording_is_taken(impatient: Server) -> None:
     user = impatient.register()
     with recovery(impatient), Sending(impatient, user, noise(100_000)) as sending:

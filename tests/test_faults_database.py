@@ -76,6 +76,7 @@ def test_restart_of_postgresql_in_mid_download_is_not_noticed(
         assert downloading.finish() == content
 
 
+@pytest.mark.slow
 def test_only_health_is_answered_while_postgresql_is_down(
     database: Postgres, service: Server, outage: Callable[[str], None]
 ) -> None:
@@ -238,6 +239,7 @@ def test_service_exits_with_a_line_where_the_address_is_wrong(
         assert line.startswith("DATABASE_URL")
 
 
+@pytest.mark.slow
 def test_nothing_acknowledged_is_lost_by_a_crash_of_postgresql(
     database: Postgres, service: Server
 ) -> None:

@@ -47,6 +47,7 @@ def test_upload_that_fills_the_temporary_directory_is_answered_503(
         assert server.records(user) == 0
 
 
+@pytest.mark.slow
 def test_upload_that_fills_the_disk_of_the_database_is_answered_503(database: Postgres) -> None:
     with small_disk("16m") as disk:
         shutil.chown(disk, (database.directory / "PG_VERSION").owner())

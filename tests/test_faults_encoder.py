@@ -35,11 +35,12 @@ def test_upload_whose_encoder_dies_or_hangs_is_answered_503(
     assert impatient.records(user) == 0
 
 
+@pytest.mark.slow
 def test_encoder_that_gets_on_slowly_is_waited_for(impatient: Server) -> None:
     user = impatient.register()
     with (
         recovery(impatient),
-        Sending(impatient, user, noise(60_000_000), file_first=True) as sending,
+        Sending(impatient, user, noise(30_000_000), file_first=True) as sending,
     ):
         sending.share(1)
         [encoder] = wait_for(lambda: working(impatient))
@@ -47,11 +48,11 @@ def test_encoder_that_gets_on_slowly_is_waited_for(impatient: Server) -> None:
         def get_on() -> None:
             encoder.suspend()
             before = written(encoder)
-            assert not select.select([sending.socket], [], [], 0.3)[0]
+            assert not select.select([sending.socket], [], [], 0.4)[0]
             encoder.resume()
             wait_for(lambda: written(encoder) > before)
 
-        for _ in range(8):  # longer altogether than it may stand still
+        for _ in range(6):  # longer altogether than it may stand still
             get_on()
         assert sending.answer().status == 201
 
@@ -135,6 +136,7 @@ def test_upload_without_a_working_ffmpeg_is_answered_503(
     assert server.records(user) == 0
 
 
+@pytest.mark.slow
 def test_nothing_acknowledged_is_lost_where_encoders_are_killed(service: Server) -> None:
     with recovery(service):
         with Load(service) as load:

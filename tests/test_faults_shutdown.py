@@ -12,6 +12,7 @@ from wav import LONG, SPEECH
 from wire import Downloading, Sending, Wire, gone, recovery, unavailable, watched, working
 
 
+@pytest.mark.slow
 def test_nothing_acknowledged_is_lost_by_kill_9(database: Postgres) -> None:
     url = database.create_database()
     with watched(url) as killed, Load(killed) as load:
@@ -25,6 +26,7 @@ def test_nothing_acknowledged_is_lost_by_kill_9(database: Postgres) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_nothing_acknowledged_is_lost_by_sigterm(database: Postgres) -> None:
     url = database.create_database()
     with watched(url) as stopped, Load(stopped) as load:
@@ -76,6 +78,7 @@ def test_stalled_upload_does_not_hold_up_sigterm(database: Postgres) -> None:
         assert server.records(user) == 0
 
 
+@pytest.mark.slow
 def test_upload_that_does_not_end_does_not_outlast_the_grace_after_sigterm(
     database: Postgres,
 ) -> None:

@@ -4,6 +4,8 @@ import os
 import random
 import time
 
+import pytest
+
 from support import Server, StartServer, User, fields, form, wait_for
 from wav import decoded, gsm, info, pcm_format, riff, wav
 from wire import Wire
@@ -73,6 +75,7 @@ def request(chance: random.Random, user: User) -> bytes:
     return head + body
 
 
+@pytest.mark.slow
 def test_mutated_requests_break_nothing(start_server: StartServer) -> None:
     server = start_server(STALL_SECONDS="1")
     user = server.register()

@@ -103,6 +103,7 @@ def test_service_serves_the_document(server: Server, document: dict[str, Any]) -
     assert response.json() == document
 
 
+@pytest.mark.slow
 def test_service_keeps_the_contract(
     start_server: StartServer, document: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 from support import (
     FORM,
     SERVICE,
@@ -103,6 +105,7 @@ def test_clients_that_leave_the_queue_leave_their_place(start_server: StartServe
     assert server.records(user) == 2
 
 
+@pytest.mark.slow
 def test_500_uploads_at_once_are_all_converted(start_server: StartServer) -> None:
     server = start_server(MAX_ENCODERS="4", QUEUE_SECONDS="3")
     user = server.register()
@@ -126,6 +129,7 @@ def test_500_uploads_at_once_are_all_converted(start_server: StartServer) -> Non
     assert peak_memory(server) - before < 500 * 100_000  # what uvicorn reads ahead, and itself
 
 
+@pytest.mark.slow
 def test_running_out_of_descriptors_is_answered(start_server: StartServer) -> None:
     limited = ("sh", "-c", 'ulimit -n 64 && exec "$@"', "sh", *SERVICE)
     server = start_server(limited)

@@ -120,6 +120,7 @@ def test_refusal_known_from_the_head_spares_the_client_its_body(
         assert wire.socket.recv(12) == f"HTTP/1.1 {status}".encode()
 
 
+@pytest.mark.slow
 def test_client_that_neither_sends_its_body_nor_goes_away_is_cut_off(server: Server) -> None:
     with Wire(server) as wire:
         wire.head(UPLOAD, {"Content-Type": "audio/wav", "Content-Length": "100"})

@@ -98,6 +98,7 @@ def data_dir() -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command, sent", [(SERVICE, signal.SIGINT), (UVICORN_SERVICE, signal.SIGTERM)]
 )
@@ -117,6 +118,7 @@ def test_embedded_postgresql_keeps_its_data_and_no_process(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_process_after_an_earlier_kill(data_dir: Path) -> None:
     with Server({"DATA_DIR": str(data_dir)}) as killed:
         user = killed.register()
@@ -129,6 +131,7 @@ def test_ctrl_c_leaves_no_process_after_an_earlier_kill(data_dir: Path) -> None:
     assert not processes_in(data_dir)
 
 
+@pytest.mark.slow
 def test_servers_that_start_together_share_an_embedded_postgresql(data_dir: Path) -> None:
     settings = {"DATA_DIR": str(data_dir)}
     with Server(settings) as first, Server(settings) as second:
@@ -155,6 +158,7 @@ def test_start_fails_where_the_data_is_damaged(data_dir: Path) -> None:
         assert "pg_control" in server.log
 
 
+@pytest.mark.slow
 def test_start_says_where_it_listens_and_where_the_data_is(data_dir: Path) -> None:
     with Server({"DATA_DIR": str(data_dir)}) as server:
         assert server.url in server.log

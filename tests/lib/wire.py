@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPMessage, HTTPResponse
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -27,13 +27,15 @@ class Wire:
     """A connection on which the test sends what it likes, when it likes."""
 
     def __init__(self, server: Server, receive_buffer: int | None = None) -> None:
-        self.socket = socket.socket()
-        if receive_buffer:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.socket.settimeout(60)
         address = urlsplit(server.url)
-        self.socket.connect((address.hostname, address.port))
         self._host = address.netloc
+        with ExitStack() as stack:
+            self.socket = stack.enter_context(socket.socket())
+            if receive_buffer:
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            self.socket.settimeout(60)
+            self.socket.connect((address.hostname, address.port))
+            stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
