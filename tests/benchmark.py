@@ -32,7 +32,6 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 import asyncpg
-import uvloop
 from imageio_ffmpeg import get_ffmpeg_exe
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).with_name("lib"))]
@@ -44,7 +43,8 @@ with warnings.catch_warnings(action="ignore"):  # about a machine without XDG_RU
     from wav import pcm_format, riff
 
 CORES = len(os.sched_getaffinity(0))
-FFMPEG = service.FFMPEG or get_ffmpeg_exe()
+SETTINGS = service.read_settings()
+FFMPEG = SETTINGS.ffmpeg or get_ffmpeg_exe()
 SECOND = 44100 * 4  # bytes of 16-bit stereo
 MP3 = 110_000
 MIB = 1 << 20
@@ -210,8 +210,8 @@ class Service:
     def fill(self, count: int, size: int) -> list[UUID]:
         """Store count records of size bytes each, a second apart."""
         sql = """
-            INSERT INTO records (id_user, id_record, created_at, idempotency_key, filename,
-                size, sha256, duration, mp3)
+            INSERT INTO wav_to_mp3.records (id_user, id_record, created_at, idempotency_key,
+                filename, size, sha256, duration, mp3)
             SELECT $1, id, now() - n * interval '1 s', id, 'clip.mp3',
                 $3, sha256(''), 6, convert_to(repeat('x', $3), 'UTF8')
             FROM (SELECT n, gen_random_uuid() AS id FROM generate_series(1, $2) AS n) AS new
@@ -239,7 +239,7 @@ class Bench(NamedTuple):
     @contextmanager
     def service(self) -> Iterator[Service]:
         settings = {"DATABASE_URL": self.postgres.create_database()}
-        with Server({**settings, "MP3_QUALITY": str(service.MP3_QUALITY)}) as server:
+        with Server({**settings, "MP3_QUALITY": str(SETTINGS.mp3_quality)}) as server:
             yield Service(server)
 
     def wav(self, pieces: Sequence[bytes]) -> str:
@@ -250,8 +250,10 @@ class Bench(NamedTuple):
     def same_flags(self, pieces: Sequence[bytes], name: str = "same") -> list[str]:
         """The command of the service's encoder, but from file to file."""
         mp3 = str(self.scratch / f"{name}.mp3")
-        files = {"pipe": "file", "pipe:0": self.wav(pieces), "/dev/stdout": mp3}
-        return [FFMPEG, *(files.get(argument, argument) for argument in service.ARGUMENTS)]
+        files = {"pipe": "file", "pipe:0": self.wav(pieces)}
+        arguments = [files.get(argument, argument) for argument in service.ARGUMENTS.split()]
+        filters = ["-af", "anull,aformat=sample_fmts=s16p|s32p"]
+        return [FFMPEG, *arguments, *filters, "-q:a", str(SETTINGS.mp3_quality), "-y", mp3]
 
 
 def run(command: list[str]) -> None:
@@ -265,7 +267,13 @@ def run(command: list[str]) -> None:
 
 
 def clip(bench: Bench) -> Iterator[Row]:
-    mp3 = ["-codec:a", "libmp3lame", "-q:a", str(service.MP3_QUALITY), str(bench.scratch / "a.mp3")]
+    mp3 = [
+        "-codec:a",
+        "libmp3lame",
+        "-q:a",
+        str(SETTINGS.mp3_quality),
+        str(bench.scratch / "a.mp3"),
+    ]
     bare = partial(run, [FFMPEG, "-y", "-loglevel", "error", "-i", bench.wav(CLIP), *mp3])
     with bench.service() as ours:
         upload = partial(ours.upload, CLIP)
@@ -310,7 +318,7 @@ def uploads(bench: Bench) -> Iterator[Row]:
 
 
 def downloads(bench: Bench) -> Iterator[Row]:
-    whole, seconds = "SELECT mp3 FROM records WHERE id_user = $1 AND id_record = $2", 2
+    whole, seconds = "SELECT mp3 FROM wav_to_mp3.records WHERE id_user = $1 AND id_record = $2", 2
 
     def fetched() -> float:
         fetches = [ours.download(id_record) for id_record in ids]
@@ -351,7 +359,7 @@ def downloads(bench: Bench) -> Iterator[Row]:
 
     with bench.service() as ours:
         ids = ours.fill(8, MP3)
-        pairs = [(fetched(), uvloop.run(read())) for _ in bench.rounds(5)]
+        pairs = [(fetched(), asyncio.run(read())) for _ in bench.rounds(5)]
     yield row("downloads of 110 KB, 8 at a time; asyncpg alone", pairs, rate, least=0.65)
 
 
@@ -395,7 +403,7 @@ def memory(bench: Bench) -> Iterator[Row]:
         (ours.proc / "clear_refs").write_text("5")  # forgets the peak
         ours.upload(GIBIBYTE)
         peak = resident("VmHWM")
-        mp3 = query(ours.database_url, "SELECT max(size) FROM records")[0]["max"] // MIB
+        mp3 = query(ours.database_url, "SELECT max(size) FROM wav_to_mp3.records")[0]["max"] // MIB
     over = peak - (idle + 1.2 * mp3)
     yield Row(
         "peak memory while 1 GiB of WAV streams in; idle + 1.2 * MP3",

@@ -1,5 +1,3 @@
-import struct
-
 import pytest
 
 from support import Server
@@ -8,13 +6,12 @@ from wav import PCM, UNKNOWN, chunk, decoded, gsm, info, noise, pcm_format, reco
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 
 
-@pytest.mark.parametrize("extensible", [False, True])
-@pytest.mark.parametrize("channels", [1, 2, 6])
-@pytest.mark.parametrize("encoding", PCM)
-def test_pcm_is_converted_exactly(
-    server: Server, encoding: str, channels: int, extensible: bool
-) -> None:
-    content = wav(5555, encoding=encoding, channels=channels, extensible=extensible)
+@pytest.mark.parametrize(
+    "encoding, channels",
+    [*((encoding, 1) for encoding in PCM), ("s16", 2), ("s16", 6), ("f32", 6)],
+)
+def test_pcm_is_converted_exactly(server: Server, encoding: str, channels: int) -> None:
+    content = wav(5555, encoding=encoding, channels=channels)
     mp3 = server.convert(content)
     assert b"Xing" in mp3[:1000]  # says how long it is and what to leave out
     sound = decoded(mp3)
@@ -51,9 +48,7 @@ def test_long_noise_is_converted_exactly(server: Server) -> None:
     assert len(decoded(server.convert(noise(8_000_000))).samples) == 2_000_000
 
 
-@pytest.mark.parametrize("rate", [8000, 44100])
-@pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("codec", ["pcm_alaw", "pcm_mulaw"])
+@pytest.mark.parametrize("codec, channels, rate", [("pcm_alaw", 1, 8000), ("pcm_mulaw", 2, 44100)])
 def test_g711_is_converted_exactly(server: Server, codec: str, channels: int, rate: int) -> None:
     content = recoded(wav(5555, rate=rate, channels=channels), codec)
     sound = decoded(server.convert(content))
@@ -65,10 +60,8 @@ def test_g711_is_converted_exactly(server: Server, codec: str, channels: int, ra
 @pytest.mark.parametrize(
     "codec, channels, samples",
     [
-        ("adpcm_ms", 1, 20360),
         ("adpcm_ms", 2, 10120),
         ("adpcm_ima_wav", 1, 20410),
-        ("adpcm_ima_wav", 2, 10170),
     ],
 )
 def test_adpcm_is_converted_exactly(
@@ -86,34 +79,11 @@ def test_gsm_is_converted_exactly(server: Server) -> None:
     assert any(sound.samples)
 
 
-def riff_size(size: int) -> bytes:
-    return b"RIFF" + struct.pack("<I", size)
-
-
-def cover() -> bytes:
-    """An ID3 tag with a picture, which ffmpeg takes for a video."""
-    picture = b"\0image/png\0\x03\0" + b"\x89PNG\r\n\x1a\n"
-    frame = b"APIC" + struct.pack(">IH", len(picture), 0) + picture
-    return b"ID3\x03\0\0" + struct.pack(">I", len(frame)) + frame
-
-
 ODD = chunk(b"junk", b"odd")
-RECORDING = wav(5555, encoding="u8")
 LAYOUTS = {
-    "size 0": wav(5555, declared=0),
     "size unknown": wav(5555, declared=UNKNOWN),
-    "size of sox in a pipe": wav(5555, declared=0x7FFFF000),
-    "sizes of an empty file": riff_size(36) + RECORDING[8:40] + bytes(4) + RECORDING[44:-1],
-    "file size 0": riff_size(0) + RECORDING[8:],
-    "without the last padding": RECORDING[:-1],
-    "chunks before": wav(5555, before=ODD + info(INAM="odd") + chunk(b"bext", bytes(70_000))),
-    "chunks after": wav(5555, after=info(INAM="odd") + ODD),
-    "chunks after odd data": wav(5555, encoding="u8", after=ODD + info(INAM="even")),
-    "half a chunk after": wav(5555, after=ODD[:6]),
-    "rf64": wav(5555, form=b"RF64"),
-    "rf64, chunks": wav(5555, form=b"RF64", before=ODD, after=ODD),
-    "bw64": wav(5555, form=b"BW64"),
-    "a cover before": wav(5555, before=chunk(b"id3 ", cover())),
+    "chunks around odd data": wav(5555, encoding="u8", before=ODD, after=ODD + info(INAM="even")),
+    "rf64": wav(5555, form=b"RF64", before=ODD, after=ODD),
 }
 
 

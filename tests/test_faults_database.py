@@ -1,10 +1,12 @@
 """PostgreSQL fails."""
 
 import signal
+import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from http.client import IncompleteRead
 from urllib.parse import urlsplit
 
@@ -14,9 +16,28 @@ import pytest
 from load import Load
 from proxy import Proxy
 from store import store_large
-from support import Postgres, Server, User, problem, query, wait_for
+from support import (
+    SERVICE,
+    UVICORN_SERVICE,
+    Postgres,
+    Server,
+    User,
+    problem,
+    query,
+    wait_for,
+)
 from wav import LONG, SPEECH
-from wire import Downloading, Sending, at_rest, link_of, recovery, unavailable, watched, working
+from wire import (
+    Downloading,
+    Sending,
+    at_rest,
+    link_of,
+    readiness,
+    recovery,
+    unavailable,
+    watched,
+    working,
+)
 
 
 def restart(database: Postgres, mode: str = "fast") -> None:
@@ -98,10 +119,10 @@ def test_only_health_is_answered_while_postgresql_is_down(
             unavailable(upload.result())
             with pytest.raises(IncompleteRead):
                 download.result()
-            assert "database" in problem(service.http.get("/readyz"), 503)
+            assert "database" in problem(wait_for(partial(readiness, service, 503)), 503)
             assert service.http.get("/healthz").status_code == 200
         database.start()
-        assert service.http.get("/readyz").status_code == 200
+        assert wait_for(partial(readiness, service, 200))
         assert service.http.get(link).content == content
     assert service.records(user) == 1
 
@@ -199,44 +220,138 @@ def test_user_is_registered_once_where_the_answer_to_the_commit_is_lost(
         assert server.upload(user, SPEECH).status_code == 201
 
 
-def test_service_waits_for_a_postgresql_that_is_not_up_yet(
+# It is not there when the service starts
+
+
+OPEN = "SELECT FROM pg_stat_activity WHERE application_name = 'service' AND datname = $1"
+
+
+def test_service_serves_before_its_database_does_and_comes_up_with_it(
     database: Postgres, outage: Callable[[str], None]
 ) -> None:
     url = database.create_database()
+    name = urlsplit(url).path.removeprefix("/")
     outage("fast")
     with watched(url) as server:
-        wait_for(lambda: "waiting for it" in server.log)
+        unavailable(server.http.post("/api/registration/", json={"username": "Bob"}))
+        detail = problem(server.http.get("/readyz"), 503)
+        assert "database" in detail and "Error" not in detail
+        assert server.http.get("/healthz").status_code == 200
+        [line] = [line for line in server.log.splitlines() if "ERROR" in line]
+        assert "database" in line
         database.start()
+        wait_for(lambda: query(database.url(), OPEN, name))  # with nobody asking
+        assert wait_for(partial(readiness, server, 200))
         server.convert(SPEECH)
 
 
-def test_service_that_waits_for_postgresql_can_be_stopped(
-    database: Postgres, outage: Callable[[str], None]
+@pytest.mark.parametrize("command", [SERVICE, UVICORN_SERVICE])
+def test_service_that_waits_for_its_database_can_be_stopped(
+    database: Postgres, outage: Callable[[str], None], command: Sequence[str]
 ) -> None:
     url = database.create_database()
     outage("fast")
-    with watched(url) as server:
-        wait_for(lambda: "waiting for it" in server.log)
-        assert server.stop() == 0
+    with watched(url, command) as server:
+        assert server.url
+        stop(server)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda url: url.replace("/test_", "/absent_"),
-        lambda url: url.replace("postgres@", "nobody@"),
-        lambda url: url.replace("@/", "@localhost:port/"),
-        lambda url: url.replace("postgresql:", "mysql:"),
-        lambda url: "localhost",
-    ],
-)
+@pytest.mark.parametrize("command", [SERVICE, UVICORN_SERVICE])
+def test_service_whose_database_says_nothing_can_be_stopped_before_it_serves(
+    command: Sequence[str],
+) -> None:
+    with (
+        silent_database() as (listener, url),
+        Server({"DATABASE_URL": url}, command) as server,
+        listener.accept()[0],
+    ):
+        stop(server)
+
+
+@pytest.mark.slow
+def test_service_serves_although_its_database_says_nothing() -> None:
+    with silent_database() as (_, url), Server({"DATABASE_URL": url}) as server:
+        assert server.http.get("/healthz").status_code == 200
+        assert "database" in problem(server.http.get("/readyz"), 503)
+        stop(server)
+
+
+@contextmanager
+def silent_database() -> Iterator[tuple[socket.socket, str]]:
+    """One that takes connections and does not speak: where it listens, and its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(30)
+        yield listener, f"postgresql://postgres@127.0.0.1:{listener.getsockname()[1]}/x"
+
+
+def stop(server: Server) -> None:
+    """Stop a service whose server, if it is uvicorn's own, ends by the signal at last."""
+    assert server.stop() in (0, -signal.SIGTERM if "uvicorn" in server.process.args else 0)
+    assert "Traceback" not in server.log
+
+
+# What never can work
+
+SECRET = "sesame"
+ADDRESSES: dict[str, Callable[[str], str]] = {
+    "no such database": lambda url: url.replace("/test_", "/absent_"),
+    "no such role": lambda url: url.replace("postgres@", "nobody@"),
+    "wrong password": lambda url: url.replace("postgres@", f"guarded:{SECRET}@"),
+    "no port": lambda url: url.replace("@/", "@localhost:port/"),
+    "password that is taken for a port": lambda url: f"postgresql://Bob:{SECRET}/1@localhost/x",
+    "unknown scheme": lambda url: url.replace("postgresql:", "mysql:"),
+    "no URL": lambda url: "localhost",
+    "unknown parameter": lambda url: url + "&nonsense=1",
+    "wrong parameter": lambda url: url + "&sslmode=nonsense",
+    "wrong parameter of PostgreSQL's": lambda url: url + "&client_encoding=nonsense",
+    "absent certificate": lambda url: url + "&sslmode=verify-full&sslrootcert=/nonexistent",
+    "no certificate": lambda url: f"{url}&sslmode=verify-full&sslrootcert={__file__}",
+    "no default certificate": lambda url: url + "&sslmode=verify-full",
+}
+
+
+@pytest.fixture(scope="module")
+def guarded(database: Postgres) -> Iterator[None]:
+    """A role that has to give its password, and one that may do nothing."""
+    access = database.directory / "pg_hba.conf"
+    before = access.read_text()
+    for role in ("guarded", "restricted"):
+        query(database.url(), f"CREATE ROLE {role} LOGIN PASSWORD 'right'")
+    access.write_text("local all guarded scram-sha-256\n" + before)
+    query(database.url(), "SELECT pg_reload_conf()")
+    yield
+    access.write_text(before)
+    query(database.url(), "SELECT pg_reload_conf()")
+
+
+@pytest.mark.parametrize("change", ADDRESSES.values(), ids=ADDRESSES)
 def test_service_exits_with_a_line_where_the_address_is_wrong(
-    database: Postgres, change: Callable[[str], str]
+    database: Postgres, guarded: None, change: Callable[[str], str]
 ) -> None:
     with Server({"DATABASE_URL": change(database.create_database())}) as server:
-        assert server.process.wait(30) not in (0, -signal.SIGTERM)
+        assert server.process.wait(30) == 1
         [line] = server.log.splitlines()
-        assert line.startswith("DATABASE_URL")
+        assert "DATABASE_URL" in line
+        assert SECRET not in line
+
+
+def test_service_exits_with_a_line_where_its_role_may_not_create_tables(
+    database: Postgres, guarded: None
+) -> None:
+    url = database.create_database().replace("postgres@", "restricted@")
+    with Server({"DATABASE_URL": url}) as server:
+        assert server.process.wait(30) == 1
+        [line] = server.log.splitlines()
+        assert "db.sql" in line
+
+
+def test_mounted_service_says_in_a_line_where_the_address_is_wrong(database: Postgres) -> None:
+    url = database.create_database().replace("/test_", "/absent_")
+    with Server({"DATABASE_URL": url}, UVICORN_SERVICE) as server:
+        for _ in range(2):
+            unavailable(server.http.post("/api/registration/", json={"username": "Bob"}))
+        assert server.log.count("DATABASE_URL") == 1
+        stop(server)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from load import Load
 from support import Postgres, Server, problem, script, wait_for
 from wav import LONG, SPEECH, noise
-from wire import Sending, gone, recovery, unavailable, watched, working, written
+from wire import Sending, gone, readiness, recovery, unavailable, watched, working, written
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
@@ -129,10 +129,10 @@ def test_upload_without_a_working_ffmpeg_is_answered_503(
         exchange(break_it)
         for file_first in (False, True):
             unavailable(server.upload(user, SPEECH, file_first=file_first))
-        assert "ffmpeg" in problem(server.http.get("/readyz"), 503)
+        assert "ffmpeg" in problem(wait_for(partial(readiness, server, 503)), 503)
         assert server.http.get("/healthz").status_code == 200
         exchange(lambda path: path.symlink_to(get_ffmpeg_exe()))
-        assert server.http.get("/readyz").status_code == 200
+        assert wait_for(partial(readiness, server, 200))
     assert server.records(user) == 0
 
 

@@ -2,14 +2,26 @@
 
 import os
 import signal
+from contextlib import ExitStack
 
 import pytest
 
 from load import Load
 from store import store_large
 from support import Postgres, wait_for
-from wav import LONG, SPEECH
-from wire import Downloading, Sending, Wire, gone, recovery, unavailable, watched, working
+from wav import LONG
+from wire import (
+    Downloading,
+    Sending,
+    Waiting,
+    Wire,
+    gone,
+    recovery,
+    settle,
+    unavailable,
+    watched,
+    working,
+)
 
 
 @pytest.mark.slow
@@ -45,12 +57,14 @@ def test_work_in_progress_is_finished_after_a_signal(
         link, content = store_large(server, user)
         with (
             Downloading(server, link) as downloading,
-            Sending(server, user, LONG) as first,
-            Sending(server, user, SPEECH, headers={"Expect": "100-continue"}) as waiting,
             Wire(server) as idle,
+            Sending(server, user, LONG) as first,
+            ExitStack() as stack,
         ):
             first.share(0.5)
             wait_for(lambda: working(server))
+            waiting = stack.enter_context(Waiting(server, user))
+            settle(server)
             children = server.children()
             os.killpg(server.process.pid, sent)  # as Ctrl-C does
             wait_for(lambda: "Waiting for connections" in server.log)

@@ -84,8 +84,8 @@ def test_key_of_a_deleted_record_is_free_again(server: Server, user: User) -> No
 DELETE_FIRST = """
 DO $$
 BEGIN
-    LOCK TABLE records;
-    DELETE FROM records;
+    LOCK TABLE wav_to_mp3.records;
+    DELETE FROM wav_to_mp3.records;
 END $$
 """
 
@@ -97,7 +97,7 @@ def test_key_whose_record_is_deleted_while_it_is_looked_up_is_free_again(
     user, url = server.register(), server.database_url
     send(server, user, OTHER, "other")
     with ThreadPoolExecutor() as threads:
-        with uncommitted(url, "UPDATE records SET idempotency_key = 'key'"):
+        with uncommitted(url, "UPDATE wav_to_mp3.records SET idempotency_key = 'key'"):
             link = threads.submit(send, server, user, SPEECH, "key")
             wait_for(lambda: waiting_for_locks(url) == 1)
             deletion = threads.submit(query, url, DELETE_FIRST)  # before any further query

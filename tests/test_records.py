@@ -66,7 +66,8 @@ def test_record_is_listed_with_all_there_is_to_know(server: Server, user: User) 
         "URL for download": link,
     }
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", created_at)
-    rows = query(server.database_url, "SELECT created_at FROM records WHERE id_user = $1", user.id)
+    sql = "SELECT created_at FROM wav_to_mp3.records WHERE id_user = $1"
+    rows = query(server.database_url, sql, user.id)
     assert datetime.fromisoformat(created_at) == rows[0]["created_at"]
 
 
@@ -167,7 +168,7 @@ def test_page_after_a_malformed_mark_is_refused(server: Server, user: User, dama
 def test_page_costs_the_same_however_many_records_there_are(server: Server, user: User) -> None:
     stored(server, user, 10_000, timedelta(minutes=1))
     store(server, user, bytes(10_000))
-    query(server.database_url, "ANALYZE records")
+    query(server.database_url, "ANALYZE wav_to_mp3.records")
     response = listed(server, user, limit="1000")
     for _ in range(8):
         response = listed(server, user, response.links["next"]["url"])

@@ -19,34 +19,44 @@ from support import (
     form,
     wait_for,
 )
-from wav import SPEECH, noise
-from wire import Sending, Wire, chunked
+from wav import noise
+from wire import Waiting, Wire, chunked
 
 HUGE = noise(20_000_000)  # more than the sockets hold
 
 
 @pytest.fixture(scope="module")
-def strict(postgres: Postgres) -> Iterator[Server]:
-    """A service that takes 100,000 bytes, one upload at a time."""
-    settings = {"MAX_UPLOAD_BYTES": "100000", "MAX_ENCODERS": "1", "QUEUE_SECONDS": "0"}
-    with Server({"DATABASE_URL": postgres.create_database(), **settings}) as strict:
-        assert strict.url
-        yield strict
+def small(postgres: Postgres) -> Iterator[Server]:
+    """A service that takes 100,000 bytes."""
+    settings = {"MAX_UPLOAD_BYTES": "100000"}
+    with Server({"DATABASE_URL": postgres.create_database(), **settings}) as small:
+        assert small.url
+        yield small
+
+
+@pytest.fixture(scope="module")
+def narrow(postgres: Postgres) -> Iterator[Server]:
+    """A service that takes one upload at a time."""
+    settings = {"MAX_ENCODERS": "1", "QUEUE_SECONDS": "0"}
+    with Server({"DATABASE_URL": postgres.create_database(), **settings}) as narrow:
+        assert narrow.url
+        yield narrow
 
 
 @pytest.fixture
-def refusing(status: int, server: Server, strict: Server) -> Iterator[tuple[Server, User]]:
+def refusing(
+    status: int, server: Server, small: Server, narrow: Server
+) -> Iterator[tuple[Server, User]]:
     """A service, and a user to whom it will give the status."""
     with ExitStack() as stack:
-        refusing = strict if status in (413, 503) else server
+        refusing = {413: small, 503: narrow}.get(status, server)
         user = refusing.register()
         if status == 503:
 
             def busy() -> bool:
                 """Whether an upload has the encoder, which an earlier test may still have had."""
-                headers = {"Expect": "100-continue"}
-                sending = stack.enter_context(Sending(refusing, user, SPEECH, headers=headers))
-                return sending.socket.recv(12) == b"HTTP/1.1 100"
+                waiting = stack.enter_context(Waiting(refusing, user))
+                return waiting.socket.recv(12) == b"HTTP/1.1 100"
 
             wait_for(busy)
         elif status == 401:
@@ -114,6 +124,7 @@ def test_refusal_known_from_the_head_spares_the_client_its_body(
     refusing: tuple[Server, User], status: int, headers: dict[str, str]
 ) -> None:
     server, user = refusing
+    headers = headers or (user.bearer if status == 503 else {})
     sizes = {"Content-Length": str(len(HUGE)), "Expect": "100-continue"}
     with Wire(server) as wire:
         wire.head(f"{UPLOAD}?id_user={user.id}", {**FORM, **sizes, **headers})

@@ -22,7 +22,7 @@ from support import (
     problem,
     wait_for,
 )
-from wav import LONG, SPEECH, UNKNOWN, decoded, info, noise, pcm_format, recoded, riff, wav
+from wav import LONG, SPEECH, UNKNOWN, decoded, info, noise, pcm_format, riff, wav
 from wire import Sending, Wire, working
 
 
@@ -216,18 +216,14 @@ def refusal(server: Server, user: User, content: bytes, file_first: bool = False
 
 
 @pytest.mark.parametrize("file_first", [False, True])
-@pytest.mark.parametrize("form, missing", [(b"RIFF", 1), (b"RIFF", 22050), (b"RF64", 11025)])
-def test_truncated_wav_is_refused(
-    server: Server, user: User, file_first: bool, form: bytes, missing: int
-) -> None:
-    detail = refusal(server, user, wav(11025, form=form)[:-missing], file_first=file_first)
-    assert re.findall(r"\d+", detail) == ["22050", str(22050 - missing)]
+def test_truncated_wav_is_refused(server: Server, user: User, file_first: bool) -> None:
+    detail = refusal(server, user, wav(11025)[:-1], file_first=file_first)
+    assert re.findall(r"\d+", detail) == ["22050", "22049"]
 
 
 NO_SAMPLES = {
     "declared": wav(0),
     "of unknown length": wav(0, declared=UNKNOWN),
-    "rf64": wav(0, form=b"RF64"),
     "with tags": wav(0, after=info(INAM="Silence")),
     "half a sample": riff(pcm_format(1, 16, 44100, 1), b"\1"),
 }
@@ -238,13 +234,4 @@ NO_SAMPLES = {
 def test_wav_without_samples_is_refused(
     server: Server, user: User, content: bytes, file_first: bool
 ) -> None:
-    refusal(server, user, content, file_first=file_first)
-
-
-@pytest.mark.parametrize("file_first", [False, True])
-def test_file_that_is_no_wav_is_called_that(server: Server, user: User, file_first: bool) -> None:
-    assert "not a WAV" in refusal(server, user, b"no sound" * 1000, file_first=file_first)
-
-
-def test_codec_that_is_refused_is_named(server: Server, user: User) -> None:
-    assert "0x0055" in refusal(server, user, recoded(SPEECH, "libmp3lame"))
+    assert "no audio" in refusal(server, user, content, file_first=file_first)

@@ -11,7 +11,7 @@ import httpx
 from support import FORM, UPLOAD, Server, User, fields, form, query, wait_for
 from wav import noise
 
-WRONG_DIGESTS = "SELECT FROM records WHERE sha256 <> sha256(mp3)"
+WRONG_DIGESTS = "SELECT FROM wav_to_mp3.records WHERE sha256 <> sha256(mp3)"
 
 
 class Load:

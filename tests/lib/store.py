@@ -8,7 +8,7 @@ from typing import NamedTuple
 from support import Server, User, query
 
 INSERT = """
-INSERT INTO records
+INSERT INTO wav_to_mp3.records
     (id_user, id_record, idempotency_key, created_at, filename, size, sha256, duration, mp3)
 SELECT
     $1, gen_random_uuid(), gen_random_uuid(), created_at, $3,
@@ -17,8 +17,14 @@ FROM unnest($2::timestamptz[]) AS created_at
 RETURNING id_record
 """
 
+COUNT = """
+UPDATE wav_to_mp3.users
+SET kept_bytes = kept_bytes + $2
+WHERE id_user = $1
+"""
+
 SETTLE = """
-ALTER TABLE records SET (autovacuum_enabled = false, toast.autovacuum_enabled = false)
+ALTER TABLE wav_to_mp3.records SET (autovacuum_enabled = false, toast.autovacuum_enabled = false)
 """
 
 # A session reports what it has read at its end, and before that only now and then.
@@ -57,7 +63,10 @@ def store_many(
     filename: str = "speech.mp3",
 ) -> list[str]:
     """Return the links of new records, one of each time."""
-    rows = query(server.database_url, INSERT, user.id, times, filename, mp3)
+    # Without its triggers, which would bring the user's row up to date for each of them.
+    url = f"{server.database_url}&session_replication_role=replica"
+    rows = query(url, INSERT, user.id, times, filename, mp3)
+    query(server.database_url, COUNT, user.id, len(rows) * len(mp3))
     link = f"{server.url}/api/download?id_record={{}}&id_user={user.id}"
     return [link.format(row["id_record"]) for row in rows]
 

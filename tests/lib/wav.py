@@ -148,5 +148,5 @@ def decoded(content: bytes) -> Sound:
 
 
 def tags(mp3: bytes) -> dict[str, str]:
-    lines = ffmpeg("-f", "ffmetadata", stdin=mp3).decode().splitlines()
+    lines = ffmpeg("-fflags", "+bitexact", "-f", "ffmetadata", stdin=mp3).decode().splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line)

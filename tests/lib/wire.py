@@ -1,6 +1,7 @@
 """Clients that speak HTTP by hand, and what a service holds while it has nothing to do."""
 
 import asyncio
+import select
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,7 +14,7 @@ import asyncpg
 import httpx
 import psutil
 
-from support import FORM, SERVICE, UPLOAD, Server, User, fields, form, wait_for
+from support import FORM, SERVICE, UPLOAD, Server, User, fields, form, part, query, wait_for
 from wav import SPEECH
 
 
@@ -96,6 +97,23 @@ class Sending(Wire):
         return self.answer()
 
 
+class Waiting(Wire):
+    """An upload whose client sends its form only when it is told to, its credentials before."""
+
+    def __init__(self, server: Server, user: User, content: bytes = SPEECH) -> None:
+        super().__init__(server)
+        self._form = form(part("file_wav", content, "speech.wav"))
+        length = {"Content-Length": str(len(self._form)), "Expect": "100-continue"}
+        self.head(f"{UPLOAD}?id_user={user.id}", {**FORM, **user.bearer, **length})
+
+    def told(self) -> bool:
+        return bool(select.select([self.socket], [], [], 0)[0])
+
+    def finish(self) -> Answer:
+        self.send(self._form)
+        return self.answer()
+
+
 class Downloading(Wire):
     """A download of which the first bytes are read."""
 
@@ -108,6 +126,20 @@ class Downloading(Wire):
 
     def finish(self) -> bytes:
         return self._start + self._response.read()
+
+
+BUSY = """
+SELECT FROM pg_stat_activity
+WHERE datname = current_database() AND state = 'active' AND pid <> pg_backend_pid()
+"""
+
+
+def settle(server: Server) -> None:
+    """Return when all that was sent to a service has come as far as it comes by itself."""
+    assert server.http.get("/healthz").status_code == 200
+    wait_for(lambda: not query(server.database_url, BUSY))
+    for _ in range(2):  # the answer of the database has been read before
+        assert server.http.get("/healthz").status_code == 200
 
 
 def link_of(response: httpx.Response | Answer) -> str:
@@ -125,6 +157,12 @@ def unavailable(response: httpx.Response | Answer) -> None:
     assert status == 503
     assert response.headers["Content-Type"] == "application/problem+json"
     assert int(response.headers["Retry-After"]) > 0
+
+
+def readiness(server: Server, status: int) -> httpx.Response | None:
+    """The answer of /readyz once it has this status: it looks once a second at the most."""
+    response = server.http.get("/readyz")
+    return response if response.status_code == status else None
 
 
 def written(encoder: psutil.Process) -> int:
