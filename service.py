@@ -406,7 +406,7 @@ async def conclude(
 # Download -----------------------------------------------------------------------------------------
 
 SLICE_BYTES = 128 << 10  # of an MP3 in memory
-SEND_BYTES = 64 << 10  # of it in the buffers of the connection, twice
+SEND_BYTES = 32 << 10  # of it at a time to the connection, whose buffer takes three
 
 
 async def download(request: Request) -> Response:

@@ -63,6 +63,7 @@ def test_record_is_listed_with_all_there_is_to_know(server: Server, user: User) 
         "filename": "Zoë.mp3",
         "size": len(server.http.get(link).content),
         "duration": 0.25,
+        "expires_at": None,
         "URL for download": link,
     }
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", created_at)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import time
 import uuid
@@ -17,7 +18,7 @@ from support import (
     ROOT,
     SERVICE,
     UPLOAD,
-    UVICORN,
+    UVICORN_SERVICE,
     Postgres,
     Server,
     User,
@@ -32,9 +33,9 @@ from wav import SPEECH, noise
 from wire import Wire, chunked
 
 REGISTRATION = "/api/registration/"
-# uvicorn's other parser of HTTP leaves the body of a request unread that offers an upgrade, and
-# WebSockets would be refused.
-IN_UVICORN = (*UVICORN, "--app-dir", str(ROOT), "--http", "h11", "--ws", "none", "service:app")
+# uvicorn's other parser leaves the body of a request unread that offers an upgrade, and each hands
+# those that offer WebSockets over to a library for them, where there is one.
+IN_UVICORN = (*UVICORN_SERVICE, "--http", "h11", "--ws", "none")
 
 H2C = {
     "Connection": "Upgrade, HTTP2-Settings",
@@ -69,6 +70,7 @@ def offered(request: pytest.FixtureRequest, postgres: Postgres) -> Iterator[Serv
     settings = {"DATABASE_URL": postgres.create_database()}
     with Server(settings, request.param) as server:
         yield server
+        assert server.stop() in (0, -signal.SIGTERM)  # which uvicorn raises again
 
 
 @OFFERS

@@ -29,7 +29,8 @@ def test_servers_that_start_together_share_an_empty_database(
 
 def test_starting_again_changes_nothing(postgres: Postgres, start_server: StartServer) -> None:
     def content() -> list[object]:
-        tables = (query(database_url, f"SELECT * FROM {table}") for table in ("users", "records"))
+        names = ("wav_to_mp3.users", "wav_to_mp3.records")
+        tables = (query(database_url, f"SELECT * FROM {name}") for name in names)
         return [postgres.schema(database_url), *tables]
 
     database_url = postgres.create_database()
@@ -45,7 +46,8 @@ def test_schema_stores_mp3_for_slices_and_times_with_their_zone(server: Server) 
     sql = """
         SELECT attname, attstorage, atttypid::regtype::text AS type
         FROM pg_attribute
-        WHERE attrelid IN ('users'::regclass, 'records'::regclass) AND attnum > 0
+        WHERE attrelid IN ('wav_to_mp3.users'::regclass, 'wav_to_mp3.records'::regclass)
+        AND attnum > 0
     """
     columns = query(server.database_url, sql)
     assert [column["attstorage"] for column in columns if column["attname"] == "mp3"] == [b"e"]
@@ -133,7 +135,7 @@ def test_service_exits_with_a_line_where_its_data_cannot_be(tmp_path: Path) -> N
     with Server({"DATA_DIR": str(tmp_path / "file" / "data")}) as server:
         assert server.process.wait(30) > 0
         [line] = server.log.splitlines()
-        assert line.startswith("DATA_DIR")
+        assert "DATA_DIR" in line
 
 
 @pytest.mark.slow

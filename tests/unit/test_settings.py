@@ -17,7 +17,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The place of .env, which is not there."""
     for each in fields(Settings):
         monkeypatch.delenv(each.name.upper(), raising=False)
-    monkeypatch.setattr(service, "HERE", tmp_path)
+    monkeypatch.setattr(service, "HOME", tmp_path)
     return tmp_path
 
 
