@@ -210,8 +210,8 @@ def test_process_killed_while_it_starts_leaves_nothing_behind(
 def test_children_of_a_killed_process_keep_nothing_running(data_dir: Path) -> None:
     with Host(data_dir) as host:
         host.tell("bear")
-        child = wait_for(lambda: psutil.Process(host.process.pid).children())[-1]
-        assert child.name() == "sleep"
+        children = psutil.Process(host.process.pid).children
+        (child,) = wait_for(lambda: [each for each in children() if each.name() == "sleep"])
         host.kill()
         wait_for(lambda: not named(data_dir, "postgres", "sh"))
         child.kill()

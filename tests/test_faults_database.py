@@ -144,7 +144,7 @@ def proxied(database: Postgres) -> Iterator[tuple[Server, Proxy]]:
 @pytest.mark.parametrize(
     "cut_at, headers",
     [
-        (b'COPY "records"', {}),
+        (b'COPY "wav_to_mp3"', {}),
         (b"PGCOPY", {}),
         (b"\xff\xfb", {}),
         (b"COPY 1\0", {}),
@@ -173,10 +173,10 @@ def test_query_that_postgresql_ends_is_repeated(service: Server, table: str, end
     lock = f"""
     DO $$
     BEGIN
-        LOCK TABLE {table};
+        LOCK TABLE wav_to_mp3.{table};
         LOOP
             PERFORM {end} FROM pg_locks
-            WHERE relation = '{table}'::regclass AND NOT granted;
+            WHERE relation = 'wav_to_mp3.{table}'::regclass AND NOT granted;
             EXIT WHEN FOUND;
             PERFORM pg_sleep(0.01);
         END LOOP;
@@ -184,7 +184,7 @@ def test_query_that_postgresql_ends_is_repeated(service: Server, table: str, end
     """
     with recovery(service), ThreadPoolExecutor() as threads:
         ending = threads.submit(query, service.database_url, lock)
-        held = f"SELECT FROM pg_locks WHERE relation = '{table}'::regclass AND granted"
+        held = f"SELECT FROM pg_locks WHERE relation = 'wav_to_mp3.{table}'::regclass AND granted"
         wait_for(lambda: query(service.database_url, held))
         assert service.upload(service.register(), SPEECH).status_code == 201
         ending.result()

@@ -368,7 +368,11 @@ def test_recording_plays_under_its_waveform_where_it_is_clicked(
 
 def test_recording_of_an_hour_is_not_decoded(server: Server, user: User, browser: Browser) -> None:
     link_of(server.upload(user, SPEECH))
-    query(server.database_url, "UPDATE records SET duration = 3600 WHERE id_user = $1", user.id)
+    query(
+        server.database_url,
+        "UPDATE wav_to_mp3.records SET duration = 3600 WHERE id_user = $1",
+        user.id,
+    )
     page = browser.open(server.url)
     sign_in(page, user)
     expect(page.locator(".recording")).to_have_count(1)

@@ -352,14 +352,14 @@ def test_sweep_goes_in_batches(start_server: StartServer) -> None:
     server = start_server(KEEP_DAYS=str(KEEP.days))
     user, url = server.register(), server.database_url
     assert server.stop() == 0
-    store_many(server, user, [datetime.now(UTC) - KEEP] * 450)
+    store_many(server, user, [datetime.now(UTC) - KEEP] * 2500)
     with uncommitted(url, COUNT_BATCHES):
         pass
     successor = start_server(KEEP_DAYS=str(KEEP.days), DATABASE_URL=url)
     wait(lambda: successor.records(user) == 0)
     sizes = [row["size"] for row in query(url, "SELECT size FROM batches WHERE size > 0")]
-    assert sum(sizes) == 450
-    assert max(sizes) <= 100
+    assert sum(sizes) == 2500
+    assert max(sizes) <= 1000
 
 
 def test_sweep_passes_over_what_is_locked(sweeping: Server) -> None:
