@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from readme import block, checkout, paste
 
+from readme import block, checkout, paste
 from support import Postgres, Server, StartServer, User
 from wav import noise, wav
 

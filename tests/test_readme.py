@@ -279,7 +279,7 @@ def test_restart_behind_a_proxy_loses_no_request(
         user = User(registered["id_user"], registered["user_token"])
         body = form(*fields(user, wav()))
         servers[0].process.send_signal(signal.SIGTERM)
-        statuses = []
+        statuses: list[int] = []
         while servers[0].process.poll() is None or len(statuses) < 20:
             response = httpx.post(
                 f"{address}/api/upload_audiorecord/", content=body, headers=FORM, trust_env=False
