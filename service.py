@@ -215,19 +215,7 @@ WHERE token_sha256 IN ($1, $2)
 RETURNING id_user
 """
 
-DELETE_RECORDS = """
-DELETE FROM wav_to_mp3.records
-WHERE id_user = $1 AND id_record IN (
-    SELECT id_record
-    FROM wav_to_mp3.records
-    WHERE id_user = $1 AND id_record > $2
-    ORDER BY id_record
-    LIMIT $3
-)
-RETURNING id_record
-"""
-
-# The records that came meanwhile go with it.
+# The records go with it.
 DELETE_USER = """
 DELETE FROM wav_to_mp3.users
 WHERE id_user = $1
@@ -313,10 +301,7 @@ async def unregister(request: Request) -> Response:
     """Delete a user and all of the user's records."""
     id_user = await authenticate(request, bearer_token(request))
     pool = (await running(request)).pool
-    # Batch by batch, the user last: no lock is held for long, and a retry goes on where it ended.
-    delete, last = partial(Connection.fetch, timeout=LONG_SECONDS), uuid.UUID(int=0)
-    while deleted := await retried(delete, pool, DELETE_RECORDS, id_user, last, BATCH_RECORDS):
-        last = max(record["id_record"] for record in deleted)
+    delete = partial(Connection.execute, timeout=LONG_SECONDS)
     await retried(delete, pool, DELETE_USER, id_user)
     return Response(status_code=204)
 
