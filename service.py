@@ -2464,9 +2464,9 @@ FROM wav_to_mp3.users
 WHERE id_user = $1
 """
 
-# What vacuum has left, or will leave, in the table of the slices: four of 1996 bytes fill a block.
+# What vacuum has left in the table that has the MP3 in pieces: four of 1996 bytes fill a block.
 SELECT_FREE_BYTES = """
-SELECT pg_relation_size(reltoastrelid) - (
+SELECT pg_relation_size(reltoastrelid) - 2048 * pg_stat_get_dead_tuples(reltoastrelid) - (
     SELECT coalesce(sum(ceil(size / (4 * 1996.0))), 0) * 8192
     FROM wav_to_mp3.records
 )

@@ -8,12 +8,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pytest
 
-from support import Postgres, query
-from wav import LONG
+from store import store_large
+from support import Postgres, Server, problem, query, wait_for
+from wav import LONG, SPEECH
 from wire import recovery, unavailable, watched
 
 
@@ -68,3 +69,41 @@ def test_upload_that_fills_the_disk_of_the_database_is_answered_503(database: Po
         finally:
             query(database.url(), f"DROP DATABASE {name} WITH (FORCE)")
             query(database.url(), f"DROP TABLESPACE {space}")
+
+
+VACUUMED = """
+SELECT FROM pg_class
+WHERE oid = 'wav_to_mp3.records'::regclass AND pg_stat_get_dead_tuples(reltoastrelid) = 0
+"""
+
+
+@pytest.mark.slow
+def test_embedded_database_keeps_room_and_uses_again_what_was_deleted() -> None:
+    with small_disk("450m") as disk:
+        data_dir = disk / "data"
+        data_dir.mkdir(mode=0o755)
+        with Server({"DATA_DIR": str(data_dir)}) as server:
+            user = server.register()
+            socket_directory = quote(str(data_dir / "postgresql"), safe="")
+            server.database_url = f"postgresql://postgres@/postgres?host={socket_directory}"
+
+            def fill() -> list[str]:
+                """Store records until uploads are refused for want of room."""
+                links = []
+                while server.upload(user, SPEECH).status_code == 201:
+                    links.append(store_large(server, user)[0])
+                return links
+
+            links = fill()
+            assert "nearly full" in problem(server.upload(user, SPEECH), 507)
+            size = "SELECT pg_total_relation_size('wav_to_mp3.records') AS bytes"
+            full = query(server.database_url, size)[0]["bytes"]
+            assert len(server.http.get(links[0]).content) == 8 << 20
+            for link in links:
+                assert server.http.delete(link, headers=user.bearer).status_code == 204
+            wait_for(lambda: query(server.database_url, VACUUMED))
+            again = fill()
+            assert len(again) >= len(links) // 2
+            assert query(server.database_url, size)[0]["bytes"] < 1.2 * full
+            assert shutil.disk_usage(disk).free > 64 << 20  # the rest is the log's
+            assert server.http.get(again[0]).status_code == 200
