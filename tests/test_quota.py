@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http.client import IncompleteRead
@@ -327,6 +328,9 @@ def test_key_of_an_expired_record_is_free_again(
 # The sweep
 
 
+TURN = "SELECT pg_advisory_xact_lock(hashtext('wav-to-mp3 sweep'))"
+
+
 def test_expired_records_are_swept_and_no_others(sweeping: Server) -> None:
     user = sweeping.register()
     store_many(sweeping, user, [datetime.now(UTC) - KEEP] * 250)
@@ -363,17 +367,16 @@ def test_sweep_goes_in_batches(start_server: StartServer) -> None:
 
 
 def test_sweep_passes_over_what_is_locked(sweeping: Server) -> None:
-    user = sweeping.register()
-    store_many(sweeping, user, [datetime.now(UTC)] * 5)
-    lock = f"""
-        UPDATE wav_to_mp3.records SET created_at = created_at - interval '30 days'
-        WHERE id_user = {user.id}
-    """
-    other = sweeping.register()
-    with uncommitted(sweeping.database_url, lock):
-        store_many(sweeping, other, [datetime.now(UTC) - KEEP] * 5)
-        wait(lambda: sweeping.records(other) == 0)
-        assert sweeping.records(user) == 5
+    user, other = sweeping.register(), sweeping.register()
+    lock = f"SELECT FROM wav_to_mp3.records WHERE id_user = {user.id} FOR UPDATE"
+    with ExitStack() as turn:
+        turn.enter_context(uncommitted(sweeping.database_url, TURN))
+        store_many(sweeping, user, [datetime.now(UTC) - KEEP] * 5)
+        with uncommitted(sweeping.database_url, lock):
+            turn.close()
+            store_many(sweeping, other, [datetime.now(UTC) - KEEP] * 5)
+            wait(lambda: sweeping.records(other) == 0)
+            assert sweeping.records(user) == 5
     wait(lambda: sweeping.records(user) == 0)
 
 
@@ -395,8 +398,7 @@ def sweeps(server: Server) -> Callable[[], bool]:
 
 def test_one_process_sweeps_at_a_time(sweeping: Server) -> None:
     user = sweeping.register()
-    lock = "SELECT pg_advisory_xact_lock(hashtext('wav-to-mp3 sweep'))"
-    with uncommitted(sweeping.database_url, lock):
+    with uncommitted(sweeping.database_url, TURN):
         store_many(sweeping, user, [datetime.now(UTC) - KEEP] * 5)
         wait(sweeps(sweeping))
         assert sweeping.records(user) == 5
