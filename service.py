@@ -1572,6 +1572,7 @@ HEADER_BYTES = 4 << 20  # before the audio: covers and padding included
 TRAILER_BYTES = 1 << 20  # behind the audio, as far as tags are looked for there
 MAX_CHUNKS = 1000  # before the audio: recorders write a dozen
 INFO_BYTES = 64 << 10  # of tags in a chunk
+MAX_LISTS = 10  # of tags and other things, before the audio and behind it
 MAX_TAGS = 100  # of a chunk
 SAMPLE_RATES = range(1000, 1_000_001)
 # Speakers of more than two channels, as bits of a mask: what is taken at its word, and first of all
@@ -1661,7 +1662,7 @@ def parse_wav_header(head: bytes) -> WavHeader | None:
     if head[:4] not in (b"RIFF", b"RF64", b"BW64") or head[8:12] != b"WAVE":
         found = f" but {OTHER_FILES[head[:4]]}" if head[:4] in OTHER_FILES else ""
         raise HTTPException(422, f"The file is not a WAV{found}. Send a RIFF/WAVE file.")
-    fmt, long_size = b"", 0
+    fmt, long_size, lists = b"", 0, 0
     tags: dict[bytes, bytes] = {}
     for count, (name, start, size) in enumerate(riff_chunks(head, 12)):
         if count == MAX_CHUNKS:
@@ -1680,7 +1681,8 @@ def parse_wav_header(head: bytes) -> WavHeader | None:
             fmt = head[start : start + size]
         elif name == b"ds64":
             long_size = int.from_bytes(head[start + 8 : start + min(size, 16)], "little")
-        elif name == b"LIST":
+        elif name == b"LIST" and lists < MAX_LISTS:
+            lists += 1
             tags = info_tags(head[start : start + min(size, INFO_BYTES)]) | tags
     return None
 
@@ -1832,9 +1834,10 @@ class Wav:
         tags: dict[bytes, bytes] = {}
         # Audio of an odd size is padded, but not by everybody.
         odd = self._trailer[:1] == b"\0" and self.audio % 2
-        for name, start, size in riff_chunks(self._trailer, odd):
-            if name == b"LIST":
-                tags |= info_tags(bytes(self._trailer[start : start + min(size, INFO_BYTES)]))
+        chunks = islice(riff_chunks(self._trailer, odd), MAX_CHUNKS)
+        lists = ((start, size) for name, start, size in chunks if name == b"LIST")
+        for start, size in islice(lists, MAX_LISTS):
+            tags = info_tags(bytes(self._trailer[start : start + min(size, INFO_BYTES)])) | tags
         return tags | self.header.tags
 
     async def _receive(self) -> bytes | memoryview:
