@@ -105,9 +105,13 @@ def test_pasted_lines_make_an_mp3_of_a_wav(server: Server, tmp_path: Path, shell
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_blocks_can_be_pasted_twice(server: Server, tmp_path: Path, shell: str) -> None:
-    lines = "".join(each * 2 for each in CLIENT).replace(ADDRESS, server.url)
+    use, retry, rest = (each.replace(ADDRESS, server.url) for each in CLIENT)
     with folder(tmp_path) as mine:
-        paste(lines, mine, tmp_path, shell, strict=False)
+        printed = paste(use * 2 + retry * 2, mine, tmp_path, shell)
+        assert len(set(re.findall('"user_token":"(.+?)"', printed))) == 2
+        links = re.findall('"URL for download":"(.+?)"', printed)
+        assert len(links) == 2 and len(set(links)) == 1
+        paste(use + rest * 2, mine, tmp_path, shell, strict=False)  # what is gone is gone
 
 
 @pytest.mark.parametrize("cut_at", [b"recording-is-cut-here", b"HTTP/1.1 201"])
