@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,19 @@ import yaml
 import service
 from proxy import Proxy
 from readme import ADDRESS, README, block, blocks, checkout, paste
-from support import FORM, ROOT, UVICORN, Postgres, Server, StartServer, User, fields, form, wait_for
+from support import (
+    FORM,
+    ROOT,
+    UVICORN,
+    Postgres,
+    Server,
+    StartServer,
+    User,
+    fields,
+    form,
+    free_port,
+    wait_for,
+)
 from wav import decoded, noise, wav
 
 SHELLS = [
@@ -206,12 +217,6 @@ def test_application_of_the_readme_serves(postgres: Postgres, tmp_path: Path, ha
 
 
 # Running it -----------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    """For those who cannot be asked which one they were given."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def test_uvicorn_serves_as_the_readme_says(postgres: Postgres, tmp_path: Path) -> None:
