@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,19 @@ import yaml
 import service
 from proxy import Proxy
 from readme import ADDRESS, README, block, blocks, checkout, paste
-from support import FORM, ROOT, UVICORN, Postgres, Server, StartServer, User, fields, form, wait_for
+from support import (
+    FORM,
+    ROOT,
+    UVICORN,
+    Postgres,
+    Server,
+    StartServer,
+    User,
+    fields,
+    form,
+    free_port,
+    wait_for,
+)
 from wav import decoded, noise, wav
 
 SHELLS = [
@@ -105,9 +116,13 @@ def test_pasted_lines_make_an_mp3_of_a_wav(server: Server, tmp_path: Path, shell
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_blocks_can_be_pasted_twice(server: Server, tmp_path: Path, shell: str) -> None:
-    lines = "".join(each * 2 for each in CLIENT).replace(ADDRESS, server.url)
+    use, retry, rest = (each.replace(ADDRESS, server.url) for each in CLIENT)
     with folder(tmp_path) as mine:
-        paste(lines, mine, tmp_path, shell, strict=False)
+        printed = paste(use * 2 + retry * 2, mine, tmp_path, shell)
+        assert len(set(re.findall('"user_token":"(.+?)"', printed))) == 2
+        links = re.findall('"URL for download":"(.+?)"', printed)
+        assert len(links) == 2 and len(set(links)) == 1
+        paste(use + rest * 2, mine, tmp_path, shell, strict=False)  # what is gone is gone
 
 
 @pytest.mark.parametrize("cut_at", [b"recording-is-cut-here", b"HTTP/1.1 201"])
@@ -202,12 +217,6 @@ def test_application_of_the_readme_serves(postgres: Postgres, tmp_path: Path, ha
 
 
 # Running it -----------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    """For those who cannot be asked which one they were given."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def test_uvicorn_serves_as_the_readme_says(postgres: Postgres, tmp_path: Path) -> None:
