@@ -90,7 +90,12 @@ def processes(data_dir: Path) -> list[psutil.Process]:
 
 
 def named(data_dir: Path, *names: str) -> list[psutil.Process]:
-    return [process for process in processes(data_dir) if process.name() in names]
+    found = []
+    for process in processes(data_dir):
+        with suppress(psutil.NoSuchProcess):
+            if process.name() in names:
+                found.append(process)
+    return found
 
 
 def postmaster(data_dir: Path) -> psutil.Process:

@@ -7,6 +7,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from email.utils import formatdate
 from pathlib import Path
 
@@ -111,8 +112,11 @@ def test_body_is_never_taken_for_a_request(
             assert response.status in (400, 401)
             closes = response.headers["Connection"] == "close"
             response.read()
-        wire.head("/healthz", {"Connection": "close"}, "GET")
-        rest = b"".join(iter(lambda: wire.socket.recv(1000), b""))
+        rest = b""
+        with suppress(ConnectionError):  # where it closes, it may come to a reset
+            wire.head("/healthz", {"Connection": "close"}, "GET")
+            while data := wire.socket.recv(1000):
+                rest += data
         assert rest.count(b"HTTP/1.1 ") == (0 if closes else 1)
     assert offered.http.get(link).content == b"an MP3"
 
