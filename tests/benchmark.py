@@ -446,6 +446,7 @@ def quota(bench: Bench) -> Iterator[Row]:
 
 
 def start(bench: Bench) -> Iterator[Row]:
+    bench.scratch.chmod(0o711)  # root's PostgreSQL is another user's
     data = bench.scratch / "data"
     home = data / "postgresql"
 
