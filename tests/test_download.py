@@ -52,6 +52,17 @@ def test_download_has_what_caches_players_and_scripts_need(server: Server, link:
     assert "Content-Range" not in response.headers
 
 
+@pytest.mark.parametrize("value, disposition", [("1", "inline"), ("0", "attachment")])
+def test_inline_plays_instead_of_saving_and_changes_nothing_else(
+    server: Server, link: str, value: str, disposition: str
+) -> None:
+    saved, played = server.http.get(link), server.http.get(f"{link}&inline={value}")
+    expected = saved.headers["Content-Disposition"].replace("attachment", disposition, 1)
+    assert played.headers["Content-Disposition"] == expected
+    assert (played.status_code, played.content) == (200, saved.content)
+    assert played.headers["ETag"] == saved.headers["ETag"]
+
+
 def test_last_modified_is_when_the_record_was_made(server: Server, user: User) -> None:
     created_at = datetime.now(UTC)
     response = server.http.head(store(server, user, b"mp3", created_at=created_at))
