@@ -83,7 +83,7 @@ def processes(data_dir: Path) -> list[psutil.Process]:
     """Those that work in data_dir, as PostgreSQL and its watchers do."""
     found = []
     for process in psutil.process_iter():
-        with suppress(psutil.Error):
+        with suppress(psutil.Error, OSError):
             if Path(process.cwd()).is_relative_to(data_dir):
                 found.append(process)
     return found
@@ -232,7 +232,8 @@ def test_signals_to_every_process_leave_nothing_behind(data_dir: Path) -> None:
     """As systemd sends them."""
     with Host(data_dir) as host:
         for process in (*processes(data_dir), psutil.Process(host.process.pid)):
-            process.terminate()
+            with suppress(psutil.NoSuchProcess):  # it may end by what another one was sent
+                process.terminate()
         wait_for(lambda: not processes(data_dir))
 
 
