@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -566,14 +567,18 @@ def test_services_of_one_process_are_counted_together_on_the_host_s_page_too(two
 # What is left behind
 
 
+@pytest.fixture
+def reachable() -> Iterator[Path]:
+    """A directory that the PostgreSQL of root, which is another user's, can reach."""
+    directory = Path(tempfile.mkdtemp(prefix="guest-"))
+    directory.chmod(0o711)
+    yield directory
+    shutil.rmtree(directory)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
-def test_host_with_one_line_leaves_no_process_behind(
-    tmp_path_factory: pytest.TempPathFactory, sent: signal.Signals
-) -> None:
-    directory = tmp_path_factory.mktemp("embedded")
-    for parent in (directory, *directory.parents[:-2]):
-        parent.chmod(parent.stat().st_mode | 0o011)  # PostgreSQL is not root
-    data = directory / "data"
+def test_host_with_one_line_leaves_no_process_behind(reachable: Path, sent: signal.Signals) -> None:
+    data = reachable / "data"
     with Host({"DATA_DIR": str(data)}, hosting("one_line")) as host:
         user = register(host, "/audio")
         assert upload(host, "/audio", user, SPEECH).status_code == 201
