@@ -2659,10 +2659,13 @@ async def look(app: Starlette) -> str:
                 await state.pool.fetchval("SELECT 1")
             else:  # not through the pool, which may just be busy
                 connection = await state.connect()
-                if await connection.fetchval("SHOW transaction_read_only") == "on":
+                try:
+                    read_only = await connection.fetchval("SHOW transaction_read_only")
+                finally:
+                    connection.terminate()
+                if read_only == "on":
                     found = "The database is read-only."
                     raise asyncpg.ReadOnlySQLTransactionError(found)
-                connection.terminate()
         except Misconfigured as error:
             found = str(error)
             raise
