@@ -1662,8 +1662,7 @@ def parse_wav_header(head: bytes) -> WavHeader | None:
     if head[:4] not in (b"RIFF", b"RF64", b"BW64") or head[8:12] != b"WAVE":
         found = f" but {OTHER_FILES[head[:4]]}" if head[:4] in OTHER_FILES else ""
         raise HTTPException(422, f"The file is not a WAV{found}. Send a RIFF/WAVE file.")
-    fmt, long_size, lists = b"", 0, 0
-    tags: dict[bytes, bytes] = {}
+    fmt, long_size = b"", 0
     for count, (name, start, size) in enumerate(riff_chunks(head, 12)):
         if count == MAX_CHUNKS:
             raise HTTPException(422, f"The WAV has {MAX_CHUNKS} chunks before its audio.")
@@ -1672,6 +1671,7 @@ def parse_wav_header(head: bytes) -> WavHeader | None:
                 size = long_size
                 if not size:
                     raise HTTPException(422, "The RF64 file lacks its sizes. Write it anew.")
+            tags = listed_tags(head[: start - 8], 12)
             return checked_format(fmt, start, declared_size(head, start, size), tags)
         if start + size > len(head):
             return None
@@ -1681,9 +1681,6 @@ def parse_wav_header(head: bytes) -> WavHeader | None:
             fmt = head[start : start + size]
         elif name == b"ds64":
             long_size = int.from_bytes(head[start + 8 : start + min(size, 16)], "little")
-        elif name == b"LIST" and lists < MAX_LISTS:
-            lists += 1
-            tags = info_tags(head[start : start + min(size, INFO_BYTES)]) | tags
     return None
 
 
@@ -1831,14 +1828,9 @@ class Wav:
 
     def tags(self) -> dict[bytes, bytes]:
         """Return the INFO tags before the audio and behind it."""
-        tags: dict[bytes, bytes] = {}
         # Audio of an odd size is padded, but not by everybody.
         odd = self._trailer[:1] == b"\0" and self.audio % 2
-        chunks = islice(riff_chunks(self._trailer, odd), MAX_CHUNKS)
-        lists = ((start, size) for name, start, size in chunks if name == b"LIST")
-        for start, size in islice(lists, MAX_LISTS):
-            tags = info_tags(bytes(self._trailer[start : start + min(size, INFO_BYTES)])) | tags
-        return tags | self.header.tags
+        return listed_tags(self._trailer, odd) | self.header.tags
 
     async def _receive(self) -> bytes | memoryview:
         data = await self._read()
@@ -1848,6 +1840,16 @@ class Wav:
         if self.sha256:
             self.sha256.update(data)
         return data
+
+
+def listed_tags(data: bytes | bytearray, start: int) -> dict[bytes, bytes]:
+    """Return the INFO tags of the chunks in data, of which the first one is at start."""
+    tags: dict[bytes, bytes] = {}
+    chunks = islice(riff_chunks(data, start), MAX_CHUNKS)
+    lists = ((start, size) for name, start, size in chunks if name == b"LIST")
+    for start, size in islice(lists, MAX_LISTS):
+        tags = info_tags(bytes(data[start : start + min(size, INFO_BYTES)])) | tags
+    return tags
 
 
 def info_tags(body: bytes) -> dict[bytes, bytes]:
