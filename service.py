@@ -49,6 +49,7 @@ import signal
 import socket
 import ssl
 import struct
+import termios
 import time
 import unicodedata
 import uuid
@@ -1901,6 +1902,8 @@ def synchsafe(number: int) -> bytes:
 MP3_BYTES = 530_000_000  # 3.7 h at 320 kbit/s: pg_dump doubles it, in a line of up to a GiB
 MP3_BYTES_A_SECOND = 40_000  # of audio, at the most: 320 kbit/s
 WAV_BYTES_A_SECOND = 100_000  # of CPU, at the least: GSM 6.10 makes a million here
+TURN_BYTES = 2 << 20  # of samples, before a core that others wait for is theirs
+PAUSE_SECONDS = 0.05  # without samples, before it is too
 DATA_BYTES = 1 << 30  # of memory: 100 MiB are needed here, and each core may add a thread's stack
 LOG_BYTES = 16 << 10  # of what ffmpeg has to say, at its end
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
@@ -1914,12 +1917,12 @@ SILENCE = 64  # samples, of the lower rate, behind what is resampled: a filter n
 ARGUMENTS = (
     "-hide_banner -nostdin -loglevel level+verbose -protocol_whitelist pipe"
     " -probesize 4096 -analyzeduration 0 -f wav -i pipe:0 -map 0:a:0 -map_metadata -1"
-    " -rematrix_maxval 1 -lfe_mix_level 1 -codec:a libmp3lame -id3v2_version 0"
+    " -rematrix_maxval 1 -lfe_mix_level 1 -codec:a libmp3lame -compression_level 6 -id3v2_version 0"
 )
 
 
 async def start_encoder(
-    ffmpeg: str, settings: Settings, *, silence: int = 0, **options: int
+    ffmpeg: str, settings: Settings, cores: Cores, *, silence: int = 0, **options: int
 ) -> Encoder:
     """Start ffmpeg on a WAV to come, with samples of silence behind it; options are of a form.
 
@@ -1953,7 +1956,7 @@ async def start_encoder(
         except OSError as error:
             raise EncoderFailure(f"it cannot be started: {error}") from error
         files.pop_all()
-    encoder = Encoder(process, mp3, log, settings.stall_seconds)
+    encoder = Encoder(process, mp3, log, settings.stall_seconds, cores)
     with suppress(OSError):  # where a container forbids it, or it has ended
         os.setpriority(os.PRIO_PROCESS, process.pid, 19)  # downloads come first
         if sys.platform == "linux":
@@ -1965,10 +1968,42 @@ async def start_encoder(
     return encoder
 
 
+class Cores:
+    """The cores of this machine, each lent to one encoder at a time, first come first served.
+
+    More encoders at work than there are cores take the caches from each other.
+    """
+
+    def __init__(self) -> None:
+        count = os.cpu_count() or 1
+        self.all = os.sched_getaffinity(0) if sys.platform == "linux" else set(range(count))
+        self._free = list(self.all)
+        self._turns = asyncio.Semaphore(len(self._free))
+
+    @property
+    def wanted(self) -> bool:
+        """Whether none is left."""
+        return self._turns.locked()
+
+    @property
+    def lent(self) -> int:
+        return len(self.all) - len(self._free)
+
+    async def take(self) -> int:
+        await self._turns.acquire()
+        return self._free.pop()
+
+    def give(self, core: int) -> None:
+        self._free.append(core)
+        self._turns.release()
+
+
 class Encoder:
     """An ffmpeg process: WAV into its stdin, MP3 out into an unnamed temporary file."""
 
-    def __init__(self, process: Process, mp3: BinaryIO, log: BinaryIO, stall_seconds: int) -> None:
+    def __init__(
+        self, process: Process, mp3: BinaryIO, log: BinaryIO, stall_seconds: int, cores: Cores
+    ) -> None:
         assert process.stdin
         self.stdin = process.stdin
         self.stdin.transport.set_write_buffer_limits(0)  # drain: when ffmpeg has taken all of it
@@ -1976,6 +2011,10 @@ class Encoder:
         self._process = process
         self._log = log
         self._stall_seconds = stall_seconds
+        self._cores = cores
+        self._core: int | None = None
+        self._affinity = cores.all
+        self._turn_bytes = 0
 
     @property
     def alive(self) -> bool:
@@ -2006,8 +2045,50 @@ class Encoder:
 
     async def feed(self, wav: Wav) -> None:
         """Pass a WAV on to its end. Raises as write and Wav.read_samples do."""
-        while samples := await wav.read_samples():
+        while True:
+            pause = asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._give_core)
+            try:
+                samples = await wav.read_samples()
+            finally:
+                pause.cancel()
+            if not samples:
+                return
+            await self._have_core(len(samples))
             await self.write(samples)
+
+    async def _have_core(self, size: int) -> None:
+        """Have a core for size more bytes, or pass it on: to take turns, or for want of work.
+
+        ffmpeg does a little without one. So who sends slowly needs none, and keeps none.
+        """
+        self._turn_bytes += size
+        much = self._backlog() + size > READ_BYTES
+        if not much or (self._turn_bytes > TURN_BYTES and self._cores.wanted):
+            self._give_core()
+        if much and self._core is None:
+            self._core, self._turn_bytes = await self._cores.take(), size
+            if sys.platform == "linux":
+                self._pin({self._core} if self._cores.lent > 1 else self._cores.all)
+
+    def _give_core(self) -> None:
+        if self._core is not None:
+            self._cores.give(self._core)
+            self._core = None
+
+    def _backlog(self) -> int:
+        """Return the bytes that ffmpeg has not taken from its pipe."""
+        pipe = self.stdin.get_extra_info("pipe")
+        if not pipe or pipe.closed:  # uvloop has none to give; ffmpeg has ended
+            return 0
+        return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+    def _pin(self, cores: set[int]) -> None:
+        """Let all threads run on these cores only."""
+        if cores != self._affinity:
+            self._affinity = cores
+            with suppress(OSError):  # it, or a thread of it, has ended
+                for thread in Path(f"/proc/{self._process.pid}/task").iterdir():
+                    os.sched_setaffinity(int(thread.name), cores)
 
     async def finish(self, wav: Wav) -> float:
         """Pass on what is left of a WAV and return the duration of the finished MP3 in seconds.
@@ -2019,8 +2100,11 @@ class Encoder:
         if wav.audio < (header.block if header.format_tag in LINEAR else 1):
             raise HTTPException(422, "The WAV holds no audio. Record something first.")
         self.limit(header, wav.audio)  # whose size is known only now
+        await self._have_core(0)
         self.stdin.close()
-        return complete(self.mp3, await self._end() / header.sample_rate)
+        samples = await self._end()
+        self._give_core()
+        return complete(self.mp3, samples / header.sample_rate)
 
     async def _end(self) -> int:
         """Wait for the end of the process and return the verdict on it."""
@@ -2041,6 +2125,7 @@ class Encoder:
 
     async def close(self) -> None:
         """End the process, if it has not ended, and drop its files."""
+        self._give_core()
         if self.alive:
             with suppress(ProcessLookupError, PermissionError):  # macOS: of a group just ended
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -2517,6 +2602,7 @@ class State:
         self.data_dir = data_dir  # of the embedded PostgreSQL
         self._spare: asyncio.Task[Encoder] | None = None
         self._stack = stack.pop_all()
+        self._start_encoder = partial(start_encoder, ffmpeg, settings, Cores())
         self._start_spare()
         meters().states.add(self)
         self._sweeping = asyncio.create_task(self._sweep()) if settings.keep_seconds else None
@@ -2598,7 +2684,7 @@ class State:
         rate = header.sample_rate
         silence = 0 if rate in MP3_RATES else SILENCE * -(-rate // MP3_RATES[-1])
         if silence or options:
-            return await start_encoder(self.ffmpeg, self.settings, silence=silence, **options)
+            return await self._start_encoder(silence=silence, **options)
         spare, self._spare = self._spare, None
         if spare:
             with suppress(OSError, EncoderFailure):
@@ -2606,11 +2692,11 @@ class State:
                 if encoder.alive:
                     return encoder
                 await encoder.close()
-        return await start_encoder(self.ffmpeg, self.settings)
+        return await self._start_encoder()
 
     def _start_spare(self) -> None:
         """Start an encoder ahead, which spares the next upload its start."""
-        self._spare = asyncio.create_task(start_encoder(self.ffmpeg, self.settings))
+        self._spare = asyncio.create_task(self._start_encoder())
 
     async def _sweep(self) -> None:
         """Delete expired records, for ever."""

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -71,7 +72,24 @@ def test_dozen_slow_uploads_do_not_lock_others_out(server: Server, user: User) -
     with ExitStack() as stack:
         for _ in range(12):
             stack.enter_context(Sending(server, user, LONG)).share(0.1)
-        assert server.upload(user, SPEECH).status_code == 201
+        assert server.upload(user, LONG).status_code == 201
+
+
+def test_dozen_trickling_uploads_do_not_lock_others_out(server: Server, user: User) -> None:
+    done = Event()
+
+    def trickle(uploads: list[Sending]) -> None:
+        while not done.wait(0.01):
+            for upload in uploads:
+                upload.share(0.00001)
+
+    with ThreadPoolExecutor() as pool, ExitStack() as stack:
+        uploads = [stack.enter_context(Sending(server, user, LONG)) for _ in range(12)]
+        for upload in uploads:
+            upload.share(0.1)
+        stack.callback(done.set)
+        pool.submit(trickle, uploads)
+        assert server.upload(user, LONG).status_code == 201
 
 
 def test_clients_that_leave_the_queue_leave_their_place(start_server: StartServer) -> None:
