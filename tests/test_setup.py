@@ -1,14 +1,28 @@
+import re
 import shutil
 import signal
+import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 
 import psutil
 import pytest
 
-from support import SERVICE, UVICORN_SERVICE, Postgres, Server, StartServer, processes_in, query
+from service import Settings
+from support import (
+    SERVICE,
+    UVICORN_SERVICE,
+    Postgres,
+    Server,
+    StartServer,
+    free_port,
+    processes_in,
+    query,
+)
 from wav import decoded, wav
 
 # With a database of one's own
@@ -134,3 +148,45 @@ def test_start_says_where_it_listens_and_where_the_data_is(data_dir: Path) -> No
     with Server({"DATA_DIR": str(data_dir)}) as server:
         assert server.url in server.log
         assert str(data_dir) in server.log
+
+
+# The command line and what is seen of it
+
+
+def test_help_names_every_setting_with_its_default() -> None:
+    done = subprocess.run((*SERVICE, "--help"), capture_output=True, text=True, check=True)
+    for each in fields(Settings):
+        assert re.search(rf"(?m)^  {each.name.upper()} .*{each.default!r}\)$", done.stdout)
+
+
+def test_command_line_goes_before_the_environment(start_server: StartServer) -> None:
+    port = str(free_port())
+    server = start_server((*SERVICE, "--host", "localhost", "--port", port), HOST="::1", PORT="1")
+    assert server.url == f"http://localhost:{port}"
+    assert server.http.get("/healthz").status_code == 200
+
+
+@pytest.mark.slow
+def test_data_dir_of_the_command_line_begins_where_it_is_typed(data_dir: Path) -> None:
+    with Server({}, (*SERVICE, "--data-dir", "mine"), cwd=data_dir) as server:
+        assert server.url
+        assert (data_dir / "mine" / "postgresql").is_dir()
+
+
+def test_busy_port_is_one_line_before_the_database_is_started(data_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        with Server({"DATA_DIR": str(data_dir / "mine"), "PORT": port}) as server:
+            assert server.process.wait(30) == 1
+            [line] = server.log.splitlines()
+            assert f"PORT {port}" in line
+    assert not list(data_dir.iterdir())
+
+
+def test_every_line_of_the_log_has_its_time(start_server: StartServer) -> None:
+    server = start_server()
+    server.convert(wav())
+    lines = server.log.splitlines()
+    assert any("Stored" in line for line in lines) and any("POST" in line for line in lines)
+    for line in lines:
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", line)
