@@ -3,6 +3,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ import pytest
 
 from service import Settings
 from support import (
+    ROOT,
     SERVICE,
     UVICORN_SERVICE,
     Postgres,
@@ -74,6 +76,18 @@ def test_service_exits_with_a_line_where_a_setting_is_not_allowed() -> None:
         assert server.process.wait(30) == 1
         [line] = server.log.splitlines()
         assert "MAX_ENCODERS" in line
+
+
+def test_service_exits_with_a_line_where_its_schema_is_missing(
+    postgres: Postgres, tmp_path: Path
+) -> None:
+    for name in ("service.py", "openapi.json", "page.html"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = (sys.executable, str(tmp_path / "service.py"))
+    with Server({"DATABASE_URL": postgres.create_database()}, command) as server:
+        assert server.process.wait(30) == 1
+        [line] = server.log.splitlines()
+        assert "db.sql" in line
 
 
 # With the embedded PostgreSQL

@@ -33,15 +33,20 @@ UVICORN_SERVICE = (*UVICORN, "--app-dir", str(ROOT), "service:app")
 # Each one given, so that neither the environment nor a .env has a say.
 SETTINGS = {
     "BASE_URL": "",
+    "CORS_ORIGINS": "",
     "DATABASE_URL": "",
     "DATA_DIR": "/nonexistent",
+    "DRAIN_SECONDS": "0",
     "FFMPEG": "",
     "HOST": "127.0.0.1",
+    "KEEP_DAYS": "0",
     "MAX_ENCODERS": "32",
     "MAX_UPLOAD_BYTES": str(1 << 30),
+    "MAX_USER_BYTES": "0",
     "MP3_QUALITY": "2",
     "PORT": "0",
     "QUEUE_SECONDS": "30",
+    "REGISTRATION_KEY": "",
     "STALL_SECONDS": "30",
 }
 

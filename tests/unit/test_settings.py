@@ -21,6 +21,10 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_tests_leave_no_setting_to_the_environment() -> None:
+    assert SETTINGS.keys() == {each.name.upper() for each in fields(Settings)}
+
+
 def test_defaults_are_those_of_the_tests() -> None:
     names = [name for name in SETTINGS if SETTINGS[name].isdigit() and name != "PORT"]
     assert {str(getattr(read_settings(), name.lower())) for name in names} == {
