@@ -24,6 +24,7 @@ import pytest
 from playwright.sync_api import Page, sync_playwright
 
 import service
+from browser import ARGUMENTS, CHROMIUM
 from store import store
 from support import (
     FORM,
@@ -267,9 +268,8 @@ def test_copy_in_another_project_is_typed(copied: Path) -> None:
 # Pages of other origins
 
 
-CHROMIUM = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+needs_chromium = pytest.mark.skipif(
+    not CHROMIUM, reason="Chromium is not installed: apt-get install chromium"
 )
 
 
@@ -318,7 +318,7 @@ def open_to(postgres: Postgres, origin: str) -> Iterator[Server]:
 def page(origin: str) -> Iterator[Page]:
     """A page of another site in a browser; asyncio.run does not work beside it."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         page = browser.new_page()
         page.goto(origin)
         yield page
@@ -357,6 +357,7 @@ def form_of(user: User, content: bytes) -> dict[str, Any]:
     return {"fields": fields, "file": list(content)}
 
 
+@needs_chromium
 def test_page_of_a_named_origin_does_all_that_an_owner_does(page: Page, open_to: Server) -> None:
     url = open_to.url
     content = json.dumps({"username": uuid.uuid4().hex})
@@ -387,10 +388,11 @@ def test_page_of_a_named_origin_does_all_that_an_owner_does(page: Page, open_to:
     assert gone[0] == 204
 
 
+@needs_chromium
 def test_page_of_a_named_origin_reads_refusals(open_to: Server, origin: str) -> None:
     user, other = open_to.register(), open_to.register()
     with Sending(open_to, other, LONG) as sending, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         page = browser.new_page()
         page.goto(origin)
         url = open_to.url + UPLOAD
@@ -415,6 +417,7 @@ def test_download_that_is_cached_for_one_origin_is_not_for_another(open_to: Serv
     assert "Origin" in open_to.http.get(link).headers["Vary"]
 
 
+@needs_chromium
 @pytest.mark.parametrize("named", [False, True])
 def test_page_of_an_origin_that_is_not_named_reads_and_changes_nothing(
     page: Page, server: Server, open_to: Server, tmp_path: Path, named: bool
