@@ -1096,11 +1096,13 @@ WRONG_URL: dict[type[Exception], str] = {
 }
 
 
-# Fails where db.sql of this release has not been applied.
+# Fails where db.sql of this release has not been applied, or the role lacks a right.
 PROBE_SCHEMA = """
-SELECT kept_bytes, mp3
-FROM wav_to_mp3.users, wav_to_mp3.records
-LIMIT 0
+EXPLAIN INSERT INTO wav_to_mp3.users (username, token_sha256) VALUES ('', '');
+EXPLAIN UPDATE wav_to_mp3.users SET kept_bytes = 0 WHERE id_user = 0;
+EXPLAIN DELETE FROM wav_to_mp3.users WHERE id_user = 0;
+EXPLAIN INSERT INTO wav_to_mp3.records SELECT * FROM wav_to_mp3.records;
+EXPLAIN DELETE FROM wav_to_mp3.records WHERE id_user = 0;
 """
 
 CERTIFICATES = {"sslrootcert", "sslcert", "sslkey", "sslcrl"}
@@ -1366,7 +1368,9 @@ def read_body(request: Request, limit: int) -> AsyncIterator[bytes]:
             received += len(chunk)
             if received > limit:
                 raise too_large
+            handed_on = clock()
             yield chunk
+            patience += clock() - handed_on  # nothing is read while an upload waits its turn
 
     return chunks()
 
@@ -1738,7 +1742,7 @@ def checked_format(
         sound = channels in (1, 2) and bits == 4 and block >= 7 * channels
     if tag == 1 and bits == 64:
         raise HTTPException(422, "The WAV has integers of 64 bits. Up to 32 bits are taken.")
-    if not sound:
+    if not sound or header.block_samples > 0xFFFF:  # which ffmpeg's header has to name
         blocks = f"{channels} channels of {bits} bits in blocks of {block} bytes"
         raise HTTPException(422, f"The WAV header contradicts itself: {blocks}.")
     if channels > max(SPEAKERS):
@@ -2522,7 +2526,14 @@ async def start(app: Starlette) -> State:
 async def open_state(app: Starlette, stack: AsyncExitStack) -> State:
     """Return what app holds while it runs, of which stack takes down what is not the host's."""
     settings: Settings = app.state.settings
-    ffmpeg = settings.ffmpeg or await asyncio.to_thread(get_ffmpeg_exe)
+    try:
+        ffmpeg = settings.ffmpeg or await asyncio.to_thread(get_ffmpeg_exe)
+    except RuntimeError as error:
+        raise Misconfigured("There is no ffmpeg: set FFMPEG, or install one.") from error
+    try:
+        await asyncio.to_thread(gettempdir)
+    except FileNotFoundError as error:
+        raise Misconfigured("There is no temporary directory: set TMPDIR.") from error
     ffmpeg = shutil.which(ffmpeg) or ffmpeg  # looked up now, since it runs without a PATH
     pool, url, data_dir = app.state.pool, settings.database_url, None
     connect_to: Connect = connect
@@ -2810,7 +2821,14 @@ class Protocol(H11Protocol):
             self.head_timer.cancel()
             self.head_timer = None
         elif waiting and not self.head_timer:
-            self.head_timer = self.loop.call_later(self.stall_seconds, self.transport.abort)
+            self.head_timer = self.loop.call_later(self.stall_seconds, self.miss_head)
+
+    def miss_head(self) -> None:
+        self.head_timer = None
+        if self.transport.get_write_buffer_size():  # the answer before it is still being taken
+            self.await_head()
+        else:
+            self.transport.abort()
 
 
 class Server(uvicorn.Server):

@@ -1,5 +1,6 @@
 """More clients than encoders, and more connections than file descriptors."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -66,6 +67,24 @@ def test_upload_that_waits_too_long_is_told_when_to_come_back(
         wait(lambda: server.log.count('" 503') == 2)
         assert first.finish().status == 201
         assert retrying.result().status == 201
+
+
+@pytest.mark.slow
+def test_wait_for_a_turn_is_not_held_against_an_upload(start_server: StartServer) -> None:
+    server = start_server(MAX_ENCODERS="1", STALL_SECONDS="1")
+    user = server.register()
+    with busy(server, user) as first, Sending(server, user, LONG) as second:
+        second.share(0.0001)  # its fields
+        settle(server)
+        end = time.monotonic() + 4  # later than a body of nothing may end
+        while time.monotonic() < end:
+            first.share(0.001)
+            time.sleep(0.2)
+        assert first.finish().status == 201
+        waiting = "wav_to_mp3_uploads_waiting 0.0"
+        wait(lambda: waiting in server.http.get("/metrics").text)
+        settle(server)
+        assert second.finish().status == 201
 
 
 def test_dozen_slow_uploads_do_not_lock_others_out(server: Server, user: User) -> None:

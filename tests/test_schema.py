@@ -310,6 +310,11 @@ UNFIT = {
     "nothing": "SELECT",
     "no grant": NEW,
     "the old tables of somebody else": OLD,
+    "only reading": NEW
+    + """;
+        GRANT USAGE ON SCHEMA wav_to_mp3 TO PUBLIC;
+        GRANT SELECT ON ALL TABLES IN SCHEMA wav_to_mp3 TO PUBLIC
+    """,
     "no tables": "CREATE SCHEMA wav_to_mp3; GRANT USAGE ON SCHEMA wav_to_mp3 TO PUBLIC",
 }
 

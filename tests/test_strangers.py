@@ -4,13 +4,14 @@ import json
 import re
 import select
 import sys
+import time
 from contextlib import ExitStack
 from http.client import IncompleteRead
 
 import psutil
 import pytest
 
-from store import store_large
+from store import store, store_large
 from support import (
     FORM,
     ROOT,
@@ -164,6 +165,36 @@ def test_download_that_is_not_taken_for_long_is_dropped(
         for downloading in downloads:
             with pytest.raises((ConnectionError, IncompleteRead)):
                 downloading.finish()
+
+
+# Sockets that hold little, so that the end of an answer waits in the service.
+SMALL_BUFFERS = """
+import socket, service
+
+class Protocol(service.Protocol):
+    def connection_made(self, transport):
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        super().connection_made(transport)
+
+service.Protocol = Protocol
+service.main()
+"""
+
+
+@pytest.mark.slow
+def test_end_of_a_download_waits_for_a_client_that_pauses(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    server = start_server((sys.executable, "-c", SMALL_BUFFERS), STALL_SECONDS="1")
+    content = bytes(60_000)
+    link = store(server, server.register(), content)
+    with Wire(server, receive_buffer=4096) as wire:
+        wire.head(link.removeprefix(server.url), {}, "GET")
+        with wire.response("GET") as response:
+            time.sleep(3)  # longer than a further request may take
+            assert response.read() == content
 
 
 def connections(server: Server) -> list[object]:

@@ -186,6 +186,10 @@ def test_header_that_is_never_complete_says_nothing(content: bytes) -> None:
         (formatted(0x31, 2, 8000, 65, 0), "2 channels"),
         (formatted(0x31, 1, 8000, 0, 0), "blocks of 0 bytes"),
         (formatted(0x31, 1, 8000, 64, 0), "blocks of 64 bytes"),
+        # more samples in a block than its header can say
+        (formatted(2, 1, 22050, 0xFFFF, 4), "blocks of 65535 bytes"),
+        (formatted(0x11, 1, 22050, 0xFFFF, 4), "blocks of 65535 bytes"),
+        (formatted(0x31, 1, 8000, 65 * 205, 0), "blocks of 13325 bytes"),
         # limits
         (formatted(1, 9, 44100, 18, 16), "9 channels, and up to 8"),
         (formatted(1, 65535, 44100, 65535, 8), "65535 channels, and up to 8"),
@@ -239,10 +243,16 @@ def test_declared_size_of_rf64(size: int) -> None:
     assert header and header.declared == size
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(5))
 def test_mutated_header_is_refused_or_fit_for_ffmpeg(seed: int) -> None:
     chance = random.Random(seed)
-    whole = [PLAIN, riff(STEREO, AUDIO, form=b"RF64"), gsm(2), extensible(1, 6, 24, 20, 0x3F)][seed]
+    whole = [
+        PLAIN,
+        riff(STEREO, AUDIO, form=b"RF64"),
+        gsm(2),
+        extensible(1, 6, 24, 20, 0x3F),
+        formatted(0x11, 1, 22050, 256, 4),
+    ][seed]
     whole = whole[:12] + info(INAM="Title") + whole[12:]
     for _ in range(2000):
         content = bytearray(whole)
