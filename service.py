@@ -13,7 +13,8 @@
 
 First comes the story of each request: accounts, upload, download, records, pages, and the
 application that routes to them. Then the parts that it stands on, each to be read by itself:
-errors, database, body and form, WAV, encoder, embedded PostgreSQL, state, standalone server.
+errors, HTTP, metrics, database, body and form, WAV, encoder, embedded PostgreSQL, state, and the
+standalone server.
 
 An upload runs from the socket through the multipart parser and a pipe into ffmpeg, which writes
 into an unnamed temporary file. Each part takes the next chunk when it has passed on the last one,
@@ -67,6 +68,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
@@ -122,7 +124,7 @@ NO_CACHE = {"Cache-Control": "no-cache"}
 
 
 def setting(default: T, meaning: str, allowed: range | None = None) -> T:
-    """Declare a setting; allowed are the values of a number."""
+    """Declare a setting. allowed: the values that a number may have."""
     metadata = {"meaning": meaning, "allowed": allowed}
     return field(default=default, metadata=metadata)
 
@@ -133,8 +135,8 @@ class Settings:
 
     database_url: str = setting("", "PostgreSQL to use; unset: an embedded one under DATA_DIR")
     data_dir: str = setting("data", "where the embedded PostgreSQL keeps its files")
-    host: str = setting("127.0.0.1", "where to listen")
-    port: int = setting(5000, "where to listen", range(65536))
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(5000, "port to listen on", range(65536))
     base_url: str = setting("", "public address that links begin with; unset: from the request")
     cors_origins: str = setting("", "origins whose pages may use the API, with commas between")
     registration_key: str = setting("", "what a registration has to show; unset: nothing")
@@ -180,7 +182,7 @@ class Settings:
 def read_settings(**given: Any) -> Settings:
     """Return the settings: as given, else from the environment, else from .env in HOME.
 
-    Raises ValueError for one that is malformed or not allowed, TypeError for one that is none.
+    Raises ValueError for one that is malformed or not allowed, TypeError for an unknown name.
     """
     config = Config(HOME / ".env" if (HOME / ".env").is_file() else None)
     for each in fields(Settings):
@@ -192,7 +194,7 @@ def read_settings(**given: Any) -> Settings:
 
 # SQL ----------------------------------------------------------------------------------------------
 
-# The update touches no row but the one that this very token made: a retry after a lost answer.
+# The update matches only a row made with this very token: a retry whose answer was lost.
 INSERT_USER = """
 INSERT INTO wav_to_mp3.users (username, token_sha256)
 VALUES ($1, $2)
@@ -216,14 +218,14 @@ WHERE token_sha256 IN ($1, $2)
 RETURNING id_user
 """
 
-# The records go with it.
+# ON DELETE CASCADE deletes the records too.
 DELETE_USER = """
 DELETE FROM wav_to_mp3.users
 WHERE id_user = $1
 """
 
-# An expired record is gone for everyone, swept or not; where the seconds that records are kept are
-# null, none expires.
+# An expired record is gone for everyone, swept or not. Queries take the seconds that records are
+# kept as a parameter: null means for ever, hence IS NOT FALSE.
 
 # Metadata, and the first $4 bytes: with none of them the mp3 column is not read.
 SELECT_RECORD = """
@@ -348,8 +350,7 @@ async def upload(request: Request) -> Response:
             async with state.encoder(await wav.read_header(), form) as encoder:
                 await encoder.feed(wav)
                 return await conclude(request, form, id_user, wav, encoder)
-    async with state.spool() as spool:
-        await form.write_file(spool)
+    async with state.spool(form) as spool:
         id_user = await authenticate(request, **form.credentials)
         await state.check_quota(id_user, form.key)
         async with state.turn():
@@ -392,7 +393,7 @@ async def conclude(
 # Download -----------------------------------------------------------------------------------------
 
 SLICE_BYTES = 128 << 10  # of an MP3 in memory
-SEND_BYTES = 32 << 10  # of it at a time to the connection, whose buffer takes three
+SEND_BYTES = 32 << 10  # of it at a time to the connection, whose buffer holds about three
 
 
 async def download(request: Request) -> Response:
@@ -425,7 +426,7 @@ async def download(request: Request) -> Response:
 async def slices(
     pool: asyncpg.Pool[asyncpg.Record], record: asyncpg.Record, part: range
 ) -> AsyncIterator[bytes]:
-    """Yield the bytes of an MP3 that are in part, of which the record may have the first."""
+    """Yield the bytes of an MP3 that are in part; the record may already hold the first."""
     key, data = (record["id_user"], record["id_record"]), record["head"]
     del record
     offset = part.start
@@ -479,8 +480,8 @@ def no_record() -> HTTPException:
 
 # Records ------------------------------------------------------------------------------------------
 
-PAGE = 100  # records, unless another limit is asked for, up to this one:
-MAX_PAGE = 1000
+PAGE = 100  # records in a page, by default
+MAX_PAGE = 1000  # and at the most
 NEWEST = "9999-12-31T00:00:00Z_ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 
@@ -594,7 +595,7 @@ def create_app(*, pool: asyncpg.Pool[asyncpg.Record] | None = None, **settings: 
         allow_origins=chosen.origins,
         allow_methods=["GET", "HEAD", "POST", "DELETE"],
         allow_headers=["*"],
-        expose_headers=EXPOSED.split(", "),
+        expose_headers=EXPOSED,
     )
     app = Starlette(
         routes=[
@@ -619,7 +620,7 @@ def create_app(*, pool: asyncpg.Pool[asyncpg.Record] | None = None, **settings: 
     app.state.starting = None  # the task that brings it up
     app.state.draining = False
     app.state.failure = ""  # why that failed the last time
-    app.state.looking = 0.0, None  # when, and the task
+    app.state.looking = 0.0, None  # when readiness was last looked at, and the task
     return app
 
 
@@ -701,7 +702,7 @@ async def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, FormParserError):
         return Problem(400, f"The form is malformed: {error}. Send it anew.")
     if isinstance(error, ClientDisconnect):
-        return Response(status_code=400)  # to nobody
+        return Response(status_code=400)  # nobody is there to read it
     if isinstance(error, asyncpg.UntranslatableCharacterError):
         detail = "The database cannot store a character of the name. Choose another name."
         return Problem(422, detail)
@@ -748,10 +749,17 @@ class Problem(JSONResponse):
 
 # HTTP ---------------------------------------------------------------------------------------------
 
-
 EXPOSED = (  # to pages of other origins, beside what they may read anyway
-    "Content-Disposition, Content-Range, ETag, Link, Location, Repr-Digest, Retry-After,"
-    " Server-Timing, Sunset, WWW-Authenticate"
+    "Content-Disposition",
+    "Content-Range",
+    "ETag",
+    "Link",
+    "Location",
+    "Repr-Digest",
+    "Retry-After",
+    "Server-Timing",
+    "Sunset",
+    "WWW-Authenticate",
 )
 
 
@@ -794,7 +802,7 @@ def base_url(request: Request) -> str:
     if hosts not in ([], [url.netloc]) or not re.fullmatch(r"[\w.:\[\]~-]+", url.netloc, re.ASCII):
         raise HTTPException(400, "The Host header is malformed. Send the host that you called.")
     root, path = request.scope.get("root_path", "").rstrip("/"), request.scope["path"].rstrip("/")
-    # Litestar cuts the path of a mount off without a word in root_path, but not in the raw path.
+    # Litestar takes a mount's prefix off path, and raw_path, but not root_path, has it then.
     raw = unquote(request.scope.get("raw_path") or b"").rstrip("/")
     cut = raw.removesuffix(path) if raw.endswith(path) else ""
     return f"{url.scheme}://{url.netloc}{quote(root + cut.removeprefix(root))}"
@@ -819,7 +827,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
 def page(
     request: Request, content: bytes, media_type: str, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Answer with content, which is the same for everybody until a new release."""
+    """Answer with content that a cache may keep, and check by its entity tag."""
     etag = f'"{hashlib.sha256(content).hexdigest()}"'
     headers = {"ETag": etag, **NO_CACHE, **(headers or {})}
     if precondition(request.method, request.headers, etag) == 304:
@@ -902,7 +910,7 @@ CONDITIONS = {"range", "if-match", "if-none-match", "if-modified-since", "if-unm
 
 
 def precondition(method: str, headers: Headers, etag: str, modified: datetime | None = None) -> int:
-    """Return how a request goes on after its preconditions, 200 or 304 (RFC 9110 section 13).
+    """Return 200 where a request may go on, 304 where the client has it (RFC 9110 section 13).
 
     Raises HTTPException 412.
     """
@@ -984,6 +992,8 @@ class Meters:
         self.states: WeakSet[State] = WeakSet()
         Info("wav_to_mp3_build", "The release").info({"version": version()})
         self.uploads = Counter("wav_to_mp3_uploads", "Uploads by their outcome", ["outcome"])
+        for outcome in ("stored", "refused", "unavailable", "abandoned", "failed"):
+            self.uploads.labels(outcome)  # from 0 on, or no rate has the first one in it
         self.upload_bytes = Counter("wav_to_mp3_upload_bytes", "WAV of stored uploads")
         self.audio_seconds = Counter("wav_to_mp3_audio_seconds", "Audio of stored uploads")
         self.mp3_bytes = Counter("wav_to_mp3_mp3_bytes", "MP3 of stored uploads")
@@ -1025,8 +1035,8 @@ def counted(upload: Endpoint) -> Endpoint:
             outcome = "stored"
             return response
         except (HTTPException, FormParserError, asyncpg.ForeignKeyViolationError) as error:
-            ours = getattr(error, "status_code", 400) == 503
-            outcome = "unavailable" if ours else "refused"
+            unavailable = getattr(error, "status_code", 400) == 503
+            outcome = "unavailable" if unavailable else "refused"
             raise
         except (ClientDisconnect, asyncio.CancelledError):
             outcome = "abandoned"
@@ -1056,12 +1066,12 @@ def count_upload(wav_bytes: int, recording: Recording, times: Mapping[str, float
 # Database -----------------------------------------------------------------------------------------
 
 CONNECTIONS = 10  # to PostgreSQL, which allows 100 by default: each is held for milliseconds
-QUERY_SECONDS = 60  # for the COPY of a gigabyte to a slow disk
+QUERY_SECONDS = 60  # for the COPY of 530 MB to a slow disk
 LONG_SECONDS = 3600  # for what may take long: a new schema, a sweep
 SWEEP_SECONDS = 60  # between two looks for expired records
 BATCH_RECORDS = 1000  # in a transaction
 HOST_SECONDS = 3  # for each host to answer
-VANISHED_SECONDS = 10  # in which a host does not answer that did
+VANISHED_SECONDS = 10  # of silence, after which a connected host is given up
 ACQUIRE_SECONDS = 20  # for a connection of the pool to be free
 POSTGRES_VERSION = 16  # the first one with STORAGE in CREATE TABLE
 RETRY_PAUSES = (0.1, 1, 2)  # before another try where the database went away
@@ -1163,7 +1173,7 @@ async def connect(url: str, **options: Any) -> asyncpg.Connection[asyncpg.Record
 
 
 async def connect_embedded(
-    data_dir: Path, url: str, **options: Any
+    data_dir: Path, starter: Executor, url: str, **options: Any
 ) -> asyncpg.Connection[asyncpg.Record]:
     """Connect to the embedded PostgreSQL, which is started again where it was killed.
 
@@ -1172,7 +1182,7 @@ async def connect_embedded(
     try:
         return await connect(url, **options)
     except (ConnectionRefusedError, FileNotFoundError):
-        await asyncio.to_thread(start_postgres, data_dir)
+        await asyncio.get_running_loop().run_in_executor(starter, start_postgres, data_dir)
         return await connect(url, **options)
 
 
@@ -1260,7 +1270,7 @@ async def store(state: State, recording: Recording) -> tuple[uuid.UUID, datetime
                     format="binary",
                 )
                 return id_record, datetime.now(UTC)
-            # Citus has the second one for the first one.
+            # Citus reports the first one as the second one.
             except (asyncpg.UniqueViolationError, asyncpg.InternalServerError) as error:
                 if found := await known(connection):
                     return found
@@ -1440,6 +1450,7 @@ class Form:
         self._file_first = False
         self._pieces: deque[memoryview] = deque()  # of the file
         self._parts = 0
+        self.spooled = 0  # bytes of the file that waits on disk
 
     async def read_credentials(self) -> bool:
         """Read until the credentials are complete; return False where the file is before them."""
@@ -1467,14 +1478,18 @@ class Form:
 
     async def write_file(self, spool: anyio.AsyncFile[bytes]) -> None:
         """Keep the file, which comes before its credentials, and read the form to its end."""
-        size = 0
         while piece := await self.read_file():
-            size += len(piece)
-            if size > SPOOL_BYTES:
+            self.spooled += len(piece)
+            if self.spooled > SPOOL_BYTES:
                 detail = f"Send user_token and id_user before file_wav: over {SPOOL_BYTES} bytes of"
                 raise HTTPException(413, f"{detail} it came before them.")
             await spool.write(piece)
         await spool.seek(0)
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second of a file that waits on disk: what has just begun counts as fast."""
+        return (READ_BYTES + self.spooled) / (1 + time.perf_counter() - self.began)
 
     async def read_file(self) -> bytes | memoryview:
         """Return the next bytes of the file; none at the end of the form."""
@@ -1580,8 +1595,8 @@ INFO_BYTES = 64 << 10  # of tags in a chunk
 MAX_LISTS = 10  # of tags and other things, before the audio and behind it
 MAX_TAGS = 100  # of a chunk
 SAMPLE_RATES = range(1000, 1_000_001)
-# Speakers of more than two channels, as bits of a mask: what is taken at its word, and first of all
-# what is meant where nothing else is said. ffmpeg refuses others, or mixes without some channels.
+# Channel masks that are taken, by the number of channels; the first one stands in for one that is
+# missing or unknown. ffmpeg refuses others, or mixes without some channels.
 SPEAKERS = {
     3: (0x7, 0xB),
     4: (0x33, 0x107, 0x603),
@@ -1720,7 +1735,8 @@ def checked_format(
     if tag not in (*LINEAR, *BLOCKS):
         taken = ", ".join(("PCM", "float", "A-law", "mu-law", *BLOCKS.values()))
         name = f" ({OTHER_CODECS[tag]})" if tag in OTHER_CODECS else ""
-        raise HTTPException(422, f"The WAV has codec 0x{tag:04x}{name}. Take one of: {taken}.")
+        detail = f"The WAV has codec 0x{tag:04x}{name}. Convert it to one of: {taken}."
+        raise HTTPException(422, detail)
     known = SPEAKERS.get(channels, (0,))
     width = (bits + 7) // 8  # samples fill the upper bits of it
     header = WavHeader(
@@ -1809,7 +1825,7 @@ class Wav:
             if len(head) > HEADER_BYTES:
                 detail = f"The WAV has over {HEADER_BYTES} bytes before its audio."
                 raise HTTPException(422, detail)
-            enough = 2 * len(head)  # lest a file in small pieces is looked at for each of them
+            enough = 2 * len(head)  # lest a header in small pieces is parsed anew for each
 
     async def read_samples(self) -> bytes | memoryview:
         """Return the next samples, none at the end of the file.
@@ -1941,7 +1957,7 @@ async def start_encoder(
         *("-f", "mp3", "-y", "/dev/stdout"),
     )
     # Ctrl-C is for the service, which finishes its uploads, and not for this group. uvloop can only
-    # make a session of it, in which Linux does not compare its priority with others.
+    # start a session, and by session Linux schedules: niceness counts only within one.
     has_groups = isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop)
     group: dict[str, Any] = {"process_group": 0} if has_groups else {"start_new_session": True}
     with ExitStack() as files:
@@ -2025,7 +2041,7 @@ class Encoder:
         return self._process.returncode is None
 
     def limit(self, header: WavHeader, audio: int) -> None:
-        """Bound CPU, memory and output in proportion to that many bytes of audio."""
+        """Bound memory, and CPU and output in proportion to that many bytes of audio."""
         if sys.platform == "linux":
             seconds = 60 + audio // WAV_BYTES_A_SECOND
             duration = audio // header.block * header.block_samples // header.sample_rate
@@ -2159,12 +2175,12 @@ def verdict(status: int, log: str) -> int:
 
 
 def complete(mp3: BinaryIO, duration: float) -> float:
-    """Make an MP3 play for exactly its duration in seconds, and none of the silence behind.
+    """State the exact length in an MP3, so that players leave out the silence behind it.
 
-    Returns it, in whole samples. Decoders cut off the delay and the padding that the first
-    frame states ("Mp3 info tag revision 1", gabriel.mp3-tech.org/mp3infotag.html). ffmpeg states
-    one frame of padding at the most, up to 46 samples too few for one length in 25. Raises
-    EncoderFailure where there is no tag.
+    duration: seconds; it is returned as whole samples make it. Decoders cut off the delay and the
+    padding that the first frame states ("Mp3 info tag revision 1",
+    gabriel.mp3-tech.org/mp3infotag.html). ffmpeg states one frame of padding at the most, up to 46
+    samples too few for one length in 25. Raises EncoderFailure where there is no tag.
     """
     with mmap.mmap(mp3.fileno(), 0) as data:
         header = int.from_bytes(data[:4])
@@ -2192,6 +2208,7 @@ def complete(mp3: BinaryIO, duration: float) -> float:
 
 POSTGRES_USER = "pgserver"  # as whom root runs it, since PostgreSQL refuses root
 POSTGRES_SECONDS = 300  # to be ready: recovery after a crash takes a while
+POSTGRES_LOG_BYTES = 1 << 20  # before it is put away, and the one that was is dropped
 SOCKET = ".s.PGSQL.5432"
 SOCKET_BYTES = 103  # most in the path of a socket: macOS has 103, Linux 107
 
@@ -2218,7 +2235,7 @@ POSTGRES = (
 # PostgreSQL; `server` by each of its processes, whose stdin it is; `use`, shared, by the watchers,
 # whose stdout it is. There is one for each process that uses the database, at the other end of a
 # pipe, to learn of its end, however that comes: a shell, which takes no memory to speak of.
-LAUNCH = """exec 3<&0; "$0" "$@" <&3 3<&- &"""  # stdin of what runs behind is else /dev/null
+LAUNCH = """exec 3<&0; "$0" "$@" <&3 3<&- &"""  # a background job's stdin is else /dev/null
 WATCH = """trap '' HUP INT TERM; read -r _; exec "$@" """
 STOP = """
 import fcntl, os, socket, sys, time
@@ -2292,7 +2309,7 @@ def start_postgres(data_dir: Path) -> None:
     data_dir = data_dir.resolve()
     home, log = data_dir / "postgresql", data_dir / "postgresql.log"
     deadline = time.monotonic() + POSTGRES_SECONDS
-    launched = False
+    launched: int | None = None  # where it began in the log
     with usable(data_dir), open_private(data_dir / "change") as change:
         fcntl.flock(change, fcntl.LOCK_EX)
         while time.monotonic() < deadline:
@@ -2300,24 +2317,27 @@ def start_postgres(data_dir: Path) -> None:
                 return
             with suppress(BlockingIOError), open_private(data_dir / "server") as server:
                 fcntl.flock(server, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if launched:
+                if launched is not None:
                     break  # and gone
-                launch(home, log, change, server)
-                launched = True
+                launched = launch(home, log, change, server)
             time.sleep(0.002)
-        said = complaint(log.read_bytes())
+        said = complaint(log.read_bytes()[launched:])
         raise Misconfigured(f"DATA_DIR {data_dir}: PostgreSQL does not start: {said}")
 
 
-def launch(home: Path, log: Path, change: BinaryIO, server: BinaryIO) -> None:
-    """Start PostgreSQL in home, which is made where there is none."""
+def launch(home: Path, log: Path, change: BinaryIO, server: BinaryIO) -> int:
+    """Start PostgreSQL in home, which is made where there is none.
+
+    Returns how long the log was before.
+    """
     with suppress(OSError):
         home.rmdir()  # an empty one
     options = postgres_options(home.parent)
     if not home.exists():
         create_database(home, options, change)
-    # A pid file of no server is stale, even where its pid is another process by now. That two
-    # servers share a directory, PostgreSQL still finds out: by their shared memory.
+    # A pid file of no server is stale, even where its pid is another process by now: PostgreSQL
+    # ignores one with its grandparent's. That two servers share a directory it still finds out, by
+    # their shared memory.
     with suppress(FileNotFoundError):
         pid = (home / "postmaster.pid").read_bytes().split(b"\n")[0]
         if pid.isdigit():
@@ -2325,11 +2345,13 @@ def launch(home: Path, log: Path, change: BinaryIO, server: BinaryIO) -> None:
         else:  # empty, or zeros, as when the power failed
             (home / "postmaster.pid").unlink()
     (home / f"{SOCKET}.lock").unlink(missing_ok=True)
-    if log.exists():
+    if log.exists() and log.stat().st_size > POSTGRES_LOG_BYTES:
         log.replace(log.with_suffix(".log.1"))
     command = ("/bin/sh", "-c", LAUNCH, postgres_program("postgres"), *POSTGRES, "-D", str(home))
     with open_private(log) as output:
+        length = output.tell()
         run(command, stdin=server, stdout=output, stderr=STDOUT, **options)
+    return length
 
 
 def create_database(home: Path, options: dict[str, Any], change: BinaryIO) -> None:
@@ -2505,22 +2527,32 @@ async def start(app: Starlette) -> State:
         async with AsyncExitStack() as stack:
             state = await open_state(app, stack)
     except Exception as error:
-        known = isinstance(error, Misconfigured)
-        reason = str(error) if known else "The database cannot be reached."
+        reason = obstacle(error)
         if reason != app.state.failure:
             # What PostgreSQL said may have more lines; what others said may have a password in it.
-            cause = error.__cause__ if known else error
+            cause = error.__cause__ if isinstance(error, Misconfigured) else error
             said = (
                 repr(cause).partition("\\n")[0]
                 if isinstance(cause, (asyncpg.PostgresError, *UNAVAILABLE))
                 else ""
             )
             unexpected = not isinstance(error, (Misconfigured, *UNAVAILABLE))
-            logger.error("%s %s", reason, said, exc_info=unexpected)
+            logger.error("%s", f"{reason} {said}".rstrip(), exc_info=unexpected)
         app.state.failure = reason
         raise
     app.state.failure = ""
     return state
+
+
+def obstacle(error: Exception) -> str:
+    """Say in a sentence what keeps the service from working."""
+    if isinstance(error, Misconfigured):
+        return str(error)
+    if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+        return "The database is read-only."
+    if isinstance(error, UNAVAILABLE):
+        return "The database cannot be reached."
+    return "There is a fault of the service, which is in its log."
 
 
 async def open_state(app: Starlette, stack: AsyncExitStack) -> State:
@@ -2540,7 +2572,9 @@ async def open_state(app: Starlette, stack: AsyncExitStack) -> State:
     if not pool:
         if not url:
             data_dir = settings.data_path
-            connect_to = partial(connect_embedded, data_dir)
+            starter = ThreadPoolExecutor(1)  # one may take long, and the others are for others
+            stack.callback(starter.shutdown, wait=False, cancel_futures=True)
+            connect_to = partial(connect_embedded, data_dir, starter)
             postgres = embedded_postgres(data_dir)
             url = await asyncio.to_thread(postgres.__enter__)
             stack.push_async_callback(asyncio.to_thread, postgres.__exit__, None, None, None)
@@ -2587,7 +2621,7 @@ WHERE (id_user, id_record) IN (
     LIMIT $2
     FOR UPDATE OF records SKIP LOCKED
 )
-RETURNING size
+RETURNING id_user
 """
 
 
@@ -2610,6 +2644,7 @@ class State:
         self.busy = self.waiting = 0  # uploads that have a turn, and that wait for one
         self._encoders = asyncio.Semaphore(settings.max_encoders)
         self._spools = asyncio.Semaphore(SPOOLS)
+        self._arriving: dict[Form, asyncio.Timeout] = {}  # into such files
         self.data_dir = data_dir  # of the embedded PostgreSQL
         self._spare: asyncio.Task[Encoder] | None = None
         self._stack = stack.pop_all()
@@ -2668,12 +2703,27 @@ class State:
         raise HTTPException(507, f"Your recordings have {kept} bytes of {limit}. {advice}")
 
     @asynccontextmanager
-    async def spool(self) -> AsyncIterator[anyio.AsyncFile[bytes]]:
-        """Lend a temporary file for a WAV without credentials. Raises HTTPException 503."""
+    async def spool(self, form: Form) -> AsyncIterator[anyio.AsyncFile[bytes]]:
+        """Lend a temporary file with the WAV of a form that has it before its credentials.
+
+        There are SPOOLS of them, and for one more the slowest that is still arriving gives way.
+        Raises HTTPException 503 for that one, and as Form.write_file does.
+        """
+        detail = "Too many files wait for their credentials. Send those before file_wav."
+        full = HTTPException(503, detail, RETRY_AFTER)
         if self._spools.locked():
-            detail = "Too many files wait for their credentials. Send those before file_wav."
-            raise HTTPException(503, detail, RETRY_AFTER)
+            if not self._arriving:
+                raise full
+            slowest = min(self._arriving, key=lambda each: each.rate)
+            self._arriving.pop(slowest).reschedule(0)
         async with self._spools, anyio.TemporaryFile() as file:
+            try:
+                async with asyncio.timeout(None) as self._arriving[form]:
+                    await form.write_file(file)
+            except TimeoutError:
+                raise full from None
+            finally:
+                self._arriving.pop(form, None)
             yield file
 
     @asynccontextmanager
@@ -2748,34 +2798,35 @@ async def lacking(app: Starlette) -> str:
 
 
 async def look(app: Starlette) -> str:
-    found = "The database does not answer."
+    """Return what keeps app from working at this moment."""
+    reason = "The database does not answer."
 
     async def check() -> None:
-        nonlocal found
+        nonlocal reason
         try:
             state = await asyncio.shield(starting(app))
+            question = "SHOW transaction_read_only"
             if app.state.pool:
-                await state.pool.fetchval("SELECT 1")
+                read_only = await state.pool.fetchval(question)
             else:  # not through the pool, which may just be busy
                 connection = await state.connect()
                 try:
-                    read_only = await connection.fetchval("SHOW transaction_read_only")
+                    read_only = await connection.fetchval(question)
                 finally:
                     connection.terminate()
-                if read_only == "on":
-                    found = "The database is read-only."
-                    raise asyncpg.ReadOnlySQLTransactionError(found)
-        except Misconfigured as error:
-            found = str(error)
+            if read_only == "on":
+                raise asyncpg.ReadOnlySQLTransactionError
+        except Exception as error:
+            reason = obstacle(error)
             raise
-        found = "ffmpeg does not run."
+        reason = "ffmpeg does not run."
         version = partial(run, (state.ffmpeg, "-version"), timeout=READY_SECONDS, check=True)
         await asyncio.to_thread(version, stdout=DEVNULL, stderr=DEVNULL)
 
     checking = asyncio.create_task(check())
     done, _ = await asyncio.wait({checking}, timeout=READY_SECONDS)
     checking.cancel()  # not awaited: asyncpg would wait for a database that hangs
-    return found if not done or checking.exception() else ""
+    return reason if not done or checking.exception() else ""
 
 
 # Standalone server --------------------------------------------------------------------------------
@@ -2787,7 +2838,7 @@ PATH_CHARACTERS = 200  # of a line in the access log
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which waits for ever for a head, and for an answer to be taken, and reads on."""
+    """uvicorn's, with bounds on heads that do not come, on answers not taken and on reading ahead."""
 
     stall_seconds: ClassVar[int]
     head_timer: asyncio.TimerHandle | None = None
@@ -2864,7 +2915,7 @@ def log_config() -> dict[str, Any]:
     log = deepcopy(uvicorn.config.LOGGING_CONFIG)
     for formatter in log["formatters"].values():
         formatter["fmt"] = "%(asctime)s " + formatter["fmt"]
-    # The fastest, where there are thousands of lines a second.
+    # uvicorn's own formatter is slower, which shows at thousands of lines a second.
     log["formatters"]["access"] = {"format": "%(asctime)s %(levelname)s:     %(message)s"}
     log["filters"] = {"access": {"()": lambda: without_secrets}}
     log["handlers"]["access"]["filters"] = ["access"]
@@ -2883,7 +2934,7 @@ async def serve(app: Starlette) -> None:
         settings.port,
         http=Protocol,
         ws="none",
-        lifespan="off",  # it is here, so that its end is not that of a signal
+        lifespan="off",  # run below, so that its end does not depend on how uvicorn takes signals
         h11_max_incomplete_event_size=HEAD_BYTES,
         timeout_graceful_shutdown=GRACE_SECONDS,
         log_config=log_config(),
@@ -2902,7 +2953,7 @@ async def serve(app: Starlette) -> None:
 
 
 def absolute(path: str) -> str:
-    """Return a path of the command line, which begins where that is typed."""
+    """Return a path of the command line, relative to the current directory."""
     return str(Path(path).expanduser().absolute())
 
 

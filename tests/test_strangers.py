@@ -27,8 +27,8 @@ from support import (
     query,
     wait_for,
 )
-from wav import SPEECH, noise
-from wire import Downloading, Sending, Wire, link_of, peak_memory, settle, working
+from wav import LONG, SPEECH, noise
+from wire import Downloading, Sending, Wire, link_of, peak_memory, settle, unavailable, working
 
 STRANGER = User(1, "wrong")
 MIB = 1 << 20
@@ -118,20 +118,29 @@ def test_file_before_its_credentials_may_have_64_mib(start_server: StartServer) 
     assert "not a WAV" in problem(response, 422)
 
 
-def test_files_before_their_credentials_are_few(start_server: StartServer) -> None:
+def test_of_files_before_their_credentials_the_slowest_gives_way(
+    start_server: StartServer,
+) -> None:
     server = start_server()
     user = server.register()
     with ExitStack() as stack:
-        for _ in range(16):
-            sending = stack.enter_context(Sending(server, STRANGER, SPEECH, file_first=True))
-            sending.share(0.5)
-        settle(server)
-        wait_for(lambda: server.upload(user, SPEECH, file_first=True).status_code == 503)
-        refused = server.upload(user, SPEECH, file_first=True)
-        assert "before file_wav" in problem(refused, 503)
-        assert int(refused.headers["Retry-After"]) > 0
-        assert server.upload(user, SPEECH).status_code == 201
-    wait_for(lambda: server.upload(user, SPEECH, file_first=True).status_code == 201)
+
+        def begin(share: float) -> Sending:
+            sending = stack.enter_context(Sending(server, STRANGER, LONG, file_first=True))
+            sending.share(share)
+            settle(server)
+            return sending
+
+        slow, fast = [begin(0.01) for _ in range(14)], [begin(0.5) for _ in range(3)]
+        assert server.upload(user, LONG, file_first=True).status_code == 201
+        answered, _, _ = select.select([each.socket for each in (*slow, *fast)], [], [], 0)
+        refused = [each for each in slow if each.socket in answered]
+        assert len(refused) == len(answered) == 2
+        for each in refused:
+            answer = each.answer()
+            unavailable(answer)
+            assert b"before file_wav" in answer.body
+        assert [each.finish().status for each in fast] == [401] * 3
 
 
 # Downloads
