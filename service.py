@@ -2838,7 +2838,7 @@ PATH_CHARACTERS = 200  # of a line in the access log
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, with bounds on heads that do not come, on answers not taken and on reading ahead."""
+    """uvicorn's, with bounds on heads that do not come, answers not taken and reading ahead."""
 
     stall_seconds: ClassVar[int]
     head_timer: asyncio.TimerHandle | None = None

@@ -1,5 +1,6 @@
 """The embedded PostgreSQL: shared, private, hurt in every way, and never left behind."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -602,6 +604,29 @@ def test_service_whose_database_cannot_come_back_says_why(data_dir: Path) -> Non
         problem(response, 503)
         [line] = [line for line in server.log[before:].splitlines() if "ERROR" in line]
         assert "pg_control" in line
+
+
+def test_what_postgresql_said_at_its_end_is_kept(data_dir: Path) -> None:
+    with Server({"DATA_DIR": str(data_dir)}) as server:
+        assert server.register()
+        (data_dir / "postgresql" / "global" / "pg_control").unlink()
+        kill_postmaster(data_dir)
+        for _ in range(3):
+            response = server.http.post("/api/registration/", json={"username": "Bob"})
+            problem(response, 503)
+    assert "ready to accept connections" in (data_dir / "postgresql.log").read_text()
+
+
+def test_service_answers_while_postgresql_is_long_in_coming_back(data_dir: Path) -> None:
+    with Server({"DATA_DIR": str(data_dir)}) as server, ThreadPoolExecutor() as pool:
+        assert server.register()
+        with (data_dir / "change").open() as change:
+            fcntl.flock(change, fcntl.LOCK_EX)
+            kill_postmaster(data_dir)
+            waiting = [pool.submit(server.register) for _ in range(9)]
+            wait_for(lambda: server.http.get("/readyz").status_code == 503)
+            assert server.http.get("/metrics").status_code == 200
+        assert all(each.result() for each in waiting)
 
 
 Damage = Callable[[Path], object]
