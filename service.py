@@ -392,13 +392,15 @@ async def conclude(
 
 # Download -----------------------------------------------------------------------------------------
 
-SLICE_BYTES = 128 << 10  # of an MP3 in memory
+SLICE_BYTES = 128 << 10  # of an MP3 in memory, for each download
+LARGE_SLICE_BYTES = 512 << 10  # for one whose client is faster than the database, as a far one is
+LARGE_SLICES = 8  # at once
 SEND_BYTES = 32 << 10  # of it at a time to the connection, whose buffer holds about three
 
 
 async def download(request: Request) -> Response:
     """Send an MP3, whole or a range of it, slice by slice."""
-    pool = (await running(request)).pool
+    state = await running(request)
     plain = CONDITIONS.isdisjoint(request.headers.keys())
     record = await find(request, ahead=SLICE_BYTES if plain and request.method == "GET" else 0)
     headers = download_headers(request, record)
@@ -420,28 +422,39 @@ async def download(request: Request) -> Response:
     if len(record["head"]) == size:
         meters().download_bytes.inc(size)
         return Response(record["head"], status, headers, "audio/mpeg")
-    return StreamingResponse(slices(pool, record, part), status, headers, "audio/mpeg")
+    return StreamingResponse(slices(state, record, part), status, headers, "audio/mpeg")
 
 
-async def slices(
-    pool: asyncpg.Pool[asyncpg.Record], record: asyncpg.Record, part: range
-) -> AsyncIterator[bytes]:
+async def slices(state: State, record: asyncpg.Record, part: range) -> AsyncIterator[bytes]:
     """Yield the bytes of an MP3 that are in part; the record may already hold the first."""
     key, data = (record["id_user"], record["id_record"]), record["head"]
     del record
-    offset = part.start
-    while True:
-        for start in range(0, len(data), SEND_BYTES):
-            yield data[start : start + SEND_BYTES]
-        meters().download_bytes.inc(len(data))
-        offset += len(data)
-        if offset == part.stop:
-            return
-        del data  # what has been sent does not wait in memory for what comes
-        length = min(SLICE_BYTES, part.stop - offset)
-        data = await retried(Connection.fetchval, pool, SELECT_SLICE, *key, offset + 1, length)
-        if data is None:  # deleted meanwhile: the client must not take this for the end
-            raise no_record()
+    for piece in pieces(data):
+        yield piece
+    offset, fast, clock = part.start + len(data), False, time.perf_counter
+    del data  # what has been sent does not wait in memory for what comes
+    while offset < part.stop:
+        with state.slice_bytes(large=fast) as most:
+            began, length = clock(), min(most, part.stop - offset)
+            data = await retried(
+                Connection.fetchval, state.pool, SELECT_SLICE, *key, offset + 1, length
+            )
+            if data is None:  # deleted meanwhile: the client must not take this for the end
+                raise no_record()
+            fetched = clock()
+            for piece in pieces(data):
+                yield piece
+            fast = clock() - fetched < fetched - began
+            offset += length
+            del data
+
+
+def pieces(data: bytes) -> Iterator[bytes]:
+    """Yield data in what the connection takes at a time."""
+    for start in range(0, len(data), SEND_BYTES):
+        piece = data[start : start + SEND_BYTES]
+        yield piece
+        meters().download_bytes.inc(len(piece))
 
 
 async def delete(request: Request) -> Response:
@@ -2643,6 +2656,7 @@ class State:
         self.ffmpeg = ffmpeg
         self.busy = self.waiting = 0  # uploads that have a turn, and that wait for one
         self._encoders = asyncio.Semaphore(settings.max_encoders)
+        self._large_slices = 0
         self._spools = asyncio.Semaphore(SPOOLS)
         self._arriving: dict[Form, asyncio.Timeout] = {}  # into such files
         self.data_dir = data_dir  # of the embedded PostgreSQL
@@ -2725,6 +2739,16 @@ class State:
             finally:
                 self._arriving.pop(form, None)
             yield file
+
+    @contextmanager
+    def slice_bytes(self, *, large: bool) -> Iterator[int]:
+        """Say how much of an MP3 a download may have in memory: more where that is of use."""
+        large = large and self._large_slices < LARGE_SLICES
+        self._large_slices += large
+        try:
+            yield LARGE_SLICE_BYTES if large else SLICE_BYTES
+        finally:
+            self._large_slices -= large
 
     @asynccontextmanager
     async def encoder(self, header: WavHeader, form: Form) -> AsyncIterator[Encoder]:
