@@ -396,6 +396,21 @@ def test_recording_of_an_hour_is_not_decoded(server: Server, user: User, browser
     assert set(wanted) == {"media"}
 
 
+def test_recording_that_could_not_be_played_is_played_when_the_network_is_back(
+    server: Server, browser: Browser, recording: tuple[User, str]
+) -> None:
+    user, _ = recording
+    page = browser.open(server.url)
+    sign_in(page, user)
+    page.context.set_offline(True)
+    page.get_by_role("button", name="Play").click()
+    expect(page.get_by_text("rain.mp3 cannot be played")).to_be_visible()
+    page.context.set_offline(False)
+    play(page)
+    wait_for(lambda: page.evaluate(LOUD))
+    browser.expect("net::ERR_INTERNET_DISCONNECTED")
+
+
 def test_link_is_copied_and_leads_to_what_is_downloaded(
     server: Server, browser: Browser, recording: tuple[User, str]
 ) -> None:
