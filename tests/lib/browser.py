@@ -134,8 +134,3 @@ def sign_in(page: Page, user: User) -> None:
 
 def choose(page: Page, *files: Path) -> None:
     page.get_by_label("Choose files").set_input_files(files)
-
-
-def names(page: Page) -> list[str]:
-    """The recordings that the page lists."""
-    return page.locator("#recordings .name").all_inner_texts()
