@@ -871,7 +871,7 @@ def page_headers() -> dict[str, str]:
         sources[element] = f"'sha256-{b64encode(hashlib.sha256(text).digest()).decode()}'"
     policy = (
         f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']};"
-        " connect-src 'self'; media-src 'self' blob:; img-src 'self' data:; base-uri 'none';"
+        " connect-src 'self'; media-src 'self'; img-src 'self' data:; base-uri 'none';"
         " form-action 'none'; frame-ancestors 'none'"
     )
     return {
