@@ -2571,15 +2571,7 @@ def obstacle(error: Exception) -> str:
 async def open_state(app: Starlette, stack: AsyncExitStack) -> State:
     """Return what app holds while it runs, of which stack takes down what is not the host's."""
     settings: Settings = app.state.settings
-    try:
-        ffmpeg = settings.ffmpeg or await asyncio.to_thread(get_ffmpeg_exe)
-    except RuntimeError as error:
-        raise Misconfigured("There is no ffmpeg: set FFMPEG, or install one.") from error
-    try:
-        await asyncio.to_thread(gettempdir)
-    except FileNotFoundError as error:
-        raise Misconfigured("There is no temporary directory: set TMPDIR.") from error
-    ffmpeg = shutil.which(ffmpeg) or ffmpeg  # looked up now, since it runs without a PATH
+    ffmpeg = await asyncio.to_thread(find_ffmpeg, settings.ffmpeg)
     pool, url, data_dir = app.state.pool, settings.database_url, None
     connect_to: Connect = connect
     if not pool:
@@ -2600,6 +2592,18 @@ async def open_state(app: Starlette, stack: AsyncExitStack) -> State:
         await pool
     await apply_schema(pool)
     return State(settings, pool, partial(connect_to, url), ffmpeg, data_dir, stack)
+
+
+def find_ffmpeg(named: str) -> str:
+    """Return the path of ffmpeg. Raises Misconfigured for want of it, or of a place for files."""
+    try:
+        gettempdir()
+        ffmpeg = named or get_ffmpeg_exe()
+    except FileNotFoundError as error:
+        raise Misconfigured("There is no temporary directory: set TMPDIR.") from error
+    except RuntimeError as error:
+        raise Misconfigured("There is no ffmpeg: set FFMPEG, or install one.") from error
+    return shutil.which(ffmpeg) or ffmpeg  # looked up now, since it runs without a PATH
 
 
 SELECT_KEPT_BYTES = """
