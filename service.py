@@ -1079,12 +1079,14 @@ def count_upload(wav_bytes: int, recording: Recording, times: Mapping[str, float
 # Database -----------------------------------------------------------------------------------------
 
 CONNECTIONS = 10  # to PostgreSQL, which allows 100 by default: each is held for milliseconds
-QUERY_SECONDS = 60  # for the COPY of 530 MB to a slow disk
+QUERY_SECONDS = 15  # for PostgreSQL to answer: what waits longer is not worth waiting for
+STORED_BYTES = 2 << 20  # a second, to a slow disk that others use too
 LONG_SECONDS = 3600  # for what may take long: a new schema, a sweep
 SWEEP_SECONDS = 60  # between two looks for expired records
 BATCH_RECORDS = 1000  # in a transaction
 HOST_SECONDS = 3  # for each host to answer
-VANISHED_SECONDS = 10  # of silence, after which a connected host is given up
+LEAD_SECONDS = 0.5  # that a host has before the next one is tried as well
+VANISHED_SECONDS = 5  # of silence, after which a connected host is given up
 ACQUIRE_SECONDS = 20  # for a connection of the pool to be free
 POSTGRES_VERSION = 16  # the first one with STORAGE in CREATE TABLE
 RETRY_PAUSES = (0.1, 1, 2)  # before another try where the database went away
@@ -1097,15 +1099,25 @@ async def retried(
     """Await a repeatable query with a connection, and again where the database went away."""
     for pause in RETRY_PAUSES:
         try:
-            async with pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
-                return await query(connection, *args)
+            return await once(query, pool, *args)
         except TimeoutError:
             raise  # it hangs, and would again
         except UNAVAILABLE as error:
             logger.warning("The database went away, trying again: %r", error)
             await asyncio.sleep(pause)
+    return await once(query, pool, *args)
+
+
+async def once(
+    query: Callable[..., Awaitable[T]], pool: asyncpg.Pool[asyncpg.Record], *args: object
+) -> T:
+    """Await a query with a connection of the pool, which loses it where the query hangs."""
     async with pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
-        return await query(connection, *args)
+        try:
+            return await query(connection, *args)
+        except TimeoutError:
+            connection.terminate()  # asyncpg would wait until the query is cancelled
+            raise
 
 
 WRONG_URL: dict[type[Exception], str] = {
@@ -1154,35 +1166,59 @@ Connect = Callable[..., Coroutine[Any, Any, "asyncpg.Connection[asyncpg.Record]"
 async def connect(url: str, **options: Any) -> asyncpg.Connection[asyncpg.Record]:
     """Connect to the first host of url that answers, and notice when it does no more.
 
-    asyncpg has one time-out for all hosts, and none for those that vanish without a word.
+    asyncpg has one time-out for all hosts, and none for those that vanish without a word. Where
+    another host refuses, one that says nothing is no failure: the other may soon be promoted.
     statement_cache_size in the query is for a pgbouncer that does not know prepared statements.
     """
     parsed = urlsplit(url)
     query = parse_qs(parsed.query)
     if size := query.pop("statement_cache_size", None):
         options["statement_cache_size"] = int(size[-1])
-    user, at, hosts = parsed.netloc.rpartition("@")
-    options["timeout"] = HOST_SECONDS
-    failure: Exception = OSError("there is no host")
-    for host in hosts.split(","):
-        one = parsed._replace(netloc=user + at + host, query=urlencode(query, doseq=True))
-        try:
-            connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
-                urlunsplit(one), **options
-            )
-        except UNAVAILABLE as error:
-            failure = error
-            continue
-        # asyncpg has no other way to its socket.
-        link = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]
-        if sys.platform == "linux" and link.family != socket.AF_UNIX:
-            link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, VANISHED_SECONDS // 2)
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, VANISHED_SECONDS // 2)
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, VANISHED_SECONDS * 1000)
-        return connection
-    raise failure
+    user, at, names = parsed.netloc.rpartition("@")
+    hosts = [
+        urlunsplit(parsed._replace(netloc=user + at + name, query=urlencode(query, doseq=True)))
+        for name in names.split(",")
+    ]
+    attempts: set[asyncio.Task[asyncpg.Connection[asyncpg.Record]]] = set()
+    failure: Exception = TimeoutError("no host answers")
+    try:
+        while hosts or attempts:
+            if hosts:
+                attempt = asyncpg.connect(hosts.pop(0), timeout=HOST_SECONDS, **options)
+                attempts.add(asyncio.create_task(attempt))
+            lead = LEAD_SECONDS if hosts else None
+            await asyncio.wait(attempts, timeout=lead, return_when=asyncio.FIRST_COMPLETED)
+            for ended in [each for each in attempts if each.done()]:
+                attempts.remove(ended)
+                try:
+                    return watched(ended.result())
+                except TimeoutError:
+                    pass
+                except UNAVAILABLE as error:
+                    failure = error
+        raise failure
+    finally:
+        for late in attempts:
+            late.cancel()
+            late.add_done_callback(discard)
+
+
+def watched(connection: asyncpg.Connection[asyncpg.Record]) -> asyncpg.Connection[asyncpg.Record]:
+    """Let a connection end when its host has vanished."""
+    # asyncpg has no other way to its socket.
+    link = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]
+    if sys.platform == "linux" and link.family != socket.AF_UNIX:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, VANISHED_SECONDS // 2)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, VANISHED_SECONDS * 1000)
+    return connection
+
+
+def discard(attempt: asyncio.Task[asyncpg.Connection[asyncpg.Record]]) -> None:
+    """End the connection of an attempt that has come too late."""
+    if not attempt.cancelled() and not attempt.exception():
+        attempt.result().terminate()
 
 
 async def connect_embedded(
@@ -1281,6 +1317,7 @@ async def store(state: State, recording: Recording) -> tuple[uuid.UUID, datetime
                     source=binary_copy(recording, id_record, key),
                     columns=COLUMNS,
                     format="binary",
+                    timeout=QUERY_SECONDS + recording.size / STORED_BYTES,
                 )
                 return id_record, datetime.now(UTC)
             # Citus reports the first one as the second one.
@@ -2699,7 +2736,9 @@ class State:
             return
         free = shutil.disk_usage(self.data_dir).free
         if free < ROOM_BYTES + 2 * size:  # once for its log
-            inside = await self.pool.fetchval(SELECT_FREE_BYTES) if free > ROOM_BYTES / 2 else 0
+            inside = 0
+            if free > ROOM_BYTES / 2:
+                inside = await retried(Connection.fetchval, self.pool, SELECT_FREE_BYTES)
             if inside < 2 * size + SLICE_BYTES:
                 detail = "The disk of the database is nearly full. Delete recordings, and wait for"
                 raise HTTPException(507, f"{detail} a minute, or have its operator make room.")
