@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 
 from load import Load
@@ -28,6 +30,7 @@ from support import (
     Postgres,
     Server,
     User,
+    each_in,
     problem,
     query,
     wait_for,
@@ -224,6 +227,59 @@ def test_user_is_registered_once_where_the_answer_to_the_commit_is_lost(
         user = server.register()
         assert proxy.cut_at is None
         assert server.upload(user, SPEECH).status_code == 201
+
+
+# It hangs
+
+
+IMPATIENT = """
+import service
+service.QUERY_SECONDS, service.ACQUIRE_SECONDS = 1, 2
+service.main()
+"""
+
+
+@contextmanager
+def hanging(database: Postgres) -> Iterator[None]:
+    for _ in range(2):  # the second time what the first one of all has started meanwhile
+        each_in(database.directory, psutil.Process.suspend)
+    try:
+        yield
+    finally:
+        each_in(database.directory, psutil.Process.resume)
+
+
+@pytest.mark.slow
+def test_every_request_is_answered_while_postgresql_hangs(database: Postgres) -> None:
+    with watched(database.create_database(), (sys.executable, "-c", IMPATIENT)) as server:
+        user = server.register()
+        link, content = store_large(server, user)
+        with recovery(server, cuts=True):
+            with (
+                Sending(server, user, LONG) as sending,
+                Downloading(server, link) as downloading,
+                ThreadPoolExecutor(30) as threads,
+            ):
+                sending.share(0.5)
+                wait_for(lambda: working(server))
+                with hanging(database):
+                    calls = [
+                        threads.submit(call, server, user, link)
+                        for call in CALLS.values()
+                        for _ in range(4)  # in all, twice as many as there are connections
+                    ]
+                    upload = threads.submit(sending.finish)
+                    download = threads.submit(downloading.finish)
+                    for call in calls:
+                        unavailable(call.result())
+                    unavailable(upload.result())
+                    with pytest.raises(IncompleteRead):
+                        download.result()
+                    assert "database" in problem(wait_for(partial(readiness, server, 503)), 503)
+                    assert server.http.get("/healthz").status_code == 200
+            assert wait_for(partial(readiness, server, 200))
+            assert server.http.get(link).content == content
+        assert server.records(user) == 1
 
 
 # It is not there when the service starts

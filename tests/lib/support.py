@@ -113,10 +113,15 @@ class Postgres:
         # The wheel sets up the files, also for root, but does not run them: it would wait for a
         # lock that all users of the machine share.
         self._wheel = PostgresServer(self.directory)
-        self._wheel.ensure_pgdata_inited()
-        with (self.directory / "postgresql.conf").open("a") as settings:
-            settings.write("fsync = off\nmax_connections = 200\nlisten_addresses = ''\n")
-            settings.write(f"unix_socket_directories = '{self.directory}'\n")
+        self._fill()
+        self.configure("fsync = off\nmax_connections = 200")
+        self.configure(f"unix_socket_directories = '{self.directory}'")
+
+    def configure(self, settings: str, access: str = "") -> None:
+        """Add lines to its files, for its next start."""
+        for name, lines in ("postgresql.conf", settings), ("pg_hba.conf", access):
+            with (self.directory / name).open("a") as file:
+                file.write(f"{lines}\n")
 
     def start(self) -> None:
         self._control("start", "--log", str(self.directory / "log"))
@@ -146,14 +151,35 @@ class Postgres:
         # The lines \restrict and \unrestrict have a random key.
         return "".join(line for line in dump.splitlines(True) if not line.startswith("\\"))
 
+    def _fill(self) -> None:
+        self._wheel.ensure_pgdata_inited()
+        self.configure("listen_addresses = ''")
+
     def _control(self, *arguments: str) -> None:
-        pgexec(
-            "pg_ctl",
-            ("--wait", "--pgdata", str(self.directory), *arguments),
-            self._wheel.bin_path,
-            user=self._wheel.system_user,
-            cwd=self.directory,
-        )
+        self._run("pg_ctl", "--wait", "--pgdata", str(self.directory), *arguments)
+
+    def _run(self, program: str, *arguments: str) -> None:
+        bin_path, user = self._wheel.bin_path, self._wheel.system_user
+        pgexec(program, arguments, bin_path, user=user, cwd=self.directory)
+
+
+class Standby(Postgres):
+    """One that follows the primary at an address, by the name of standby."""
+
+    def __init__(self, address: str) -> None:
+        self._primary = f"host={address} user=postgres application_name=standby"
+        super().__init__()
+
+    def promote(self) -> None:
+        self._control("promote")
+
+    def _fill(self) -> None:
+        if self._wheel.system_user:
+            shutil.chown(self.directory, self._wheel.system_user)
+        copy = ("--checkpoint", "fast", "--write-recovery-conf", "--dbname", self._primary)
+        self._run("pg_basebackup", "--pgdata", str(self.directory), *copy)
+        (self.directory / ".s.PGSQL.5432.lock").unlink()  # of the primary's socket
+        self.configure("synchronous_standby_names = ''")
 
 
 # The service
@@ -303,6 +329,13 @@ def processes_in(directory: Path) -> list[psutil.Process]:
             if Path(process.cwd()).is_relative_to(directory):
                 found.append(process)
     return found
+
+
+def each_in(directory: Path, act: Callable[[psutil.Process], None]) -> None:
+    """Do something to those that work in directory, but for those that end meanwhile."""
+    for process in processes_in(directory):
+        with suppress(psutil.NoSuchProcess):
+            act(process)
 
 
 def is_ffmpeg(process: psutil.Process) -> bool:
