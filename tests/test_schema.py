@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,7 +227,9 @@ def partitioned(create_table: str) -> str:
     return create_table.removesuffix(";") + " PARTITION BY HASH (id_user);"
 
 
-def test_records_may_be_partitioned_by_hash(start_server: StartServer, postgres: Postgres) -> None:
+@pytest.fixture
+def by_hash(postgres: Postgres) -> str:
+    """A database whose administrator has laid out records in partitions."""
     url = postgres.create_database()
     tables = [
         lines(NEW, f"CREATE TABLE IF NOT EXISTS wav_to_mp3.{n} (") for n in ("users", "records")
@@ -238,10 +241,29 @@ def test_records_may_be_partitioned_by_hash(start_server: StartServer, postgres:
         + partitioned(tables[1])
         + PARTITIONS.format("wav_to_mp3."),
     )
-    server = start_server(DATABASE_URL=url, KEEP_DAYS="1", MAX_USER_BYTES="1000000")
+    return url
+
+
+def test_records_may_be_partitioned_by_hash(start_server: StartServer, by_hash: str) -> None:
+    server = start_server(DATABASE_URL=by_hash, KEEP_DAYS="1", MAX_USER_BYTES="1000000")
     for _ in range(3):
         everything_works(server)
     assert "swept" not in server.log
+
+
+def test_partitions_have_their_quota_and_are_swept(start_server: StartServer, by_hash: str) -> None:
+    program = "import service; service.SWEEP_SECONDS = 0.05; service.main()"
+    command = (sys.executable, "-c", program)
+    server = start_server(command, DATABASE_URL=by_hash, KEEP_DAYS="1", MAX_USER_BYTES="1")
+    users = [server.register() for _ in range(6)]
+    for user in users:
+        link_of(server.upload(user, SPEECH))
+        problem(server.upload(user, SPEECH), 507)
+    execute(by_hash, "UPDATE wav_to_mp3.records SET created_at = created_at - interval '2 days'")
+    wait(lambda: not any(server.records(user) for user in users))
+    for user in users:
+        assert kept(server, user) == 0
+        link_of(server.upload(user, SPEECH))
 
 
 def test_partitions_of_the_last_release_are_taken_over(
