@@ -384,6 +384,8 @@ def guarded(database: Postgres) -> Iterator[None]:
     yield
     access.write_text(before)
     query(database.url(), "SELECT pg_reload_conf()")
+    for role in ("guarded", "restricted"):
+        query(database.url(), f"DROP ROLE {role}")
 
 
 @pytest.mark.parametrize("change", ADDRESSES.values(), ids=ADDRESSES)
