@@ -229,6 +229,32 @@ def test_user_is_registered_once_where_the_answer_to_the_commit_is_lost(
         assert server.upload(user, SPEECH).status_code == 201
 
 
+@pytest.mark.slow
+def test_database_that_turns_read_only_is_still_read(database: Postgres) -> None:
+    with watched(database.create_database()) as server:
+        user = server.register()
+        link = link_of(server.upload(user, SPEECH))
+        name = urlsplit(server.database_url).path.removeprefix("/")
+        setting = f"ALTER DATABASE {name} {{}} default_transaction_read_only"
+        with recovery(server):
+            query(database.url(), setting.format("SET") + " = on")
+            query(server.database_url, TERMINATE)
+            assert "read-only" in problem(wait_for(partial(readiness, server, 503)), 503)
+            with ThreadPoolExecutor() as threads:
+                answers = {
+                    kind: threads.submit(call, server, user, link) for kind, call in CALLS.items()
+                }
+            for kind, answer in answers.items():
+                if kind in ("download", "listing"):
+                    assert answer.result().status_code == 200
+                else:
+                    unavailable(answer.result())
+            query(database.url(), setting.format("RESET"))
+            query(server.database_url, TERMINATE)
+            assert wait_for(partial(readiness, server, 200))
+        assert server.records(user) == 1
+
+
 # It hangs
 
 
