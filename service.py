@@ -1985,8 +1985,8 @@ def synchsafe(number: int) -> bytes:
 MP3_BYTES = 530_000_000  # 3.7 h at 320 kbit/s: pg_dump doubles it, in a line of up to a GiB
 MP3_BYTES_A_SECOND = 40_000  # of audio, at the most: 320 kbit/s
 WAV_BYTES_A_SECOND = 100_000  # of CPU, at the least: GSM 6.10 makes a million here
-TURN_BYTES = 2 << 20  # of samples, before a core that others wait for is theirs
-PAUSE_SECONDS = 0.05  # without samples, before it is too
+TURN_BYTES = 2 << 20  # of samples, after which others have a turn on the core
+PAUSE_SECONDS = 0.05  # without samples, after which they have it too
 DATA_BYTES = 1 << 30  # of memory: 100 MiB are needed here, and each core may add a thread's stack
 LOG_BYTES = 16 << 10  # of what ffmpeg has to say, at its end
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
@@ -2064,13 +2064,8 @@ class Cores:
         self._turns = asyncio.Semaphore(len(self._free))
 
     @property
-    def wanted(self) -> bool:
-        """Whether none is left."""
+    def none_left(self) -> bool:
         return self._turns.locked()
-
-    @property
-    def lent(self) -> int:
-        return len(self.all) - len(self._free)
 
     async def take(self) -> int:
         await self._turns.acquire()
@@ -2140,18 +2135,18 @@ class Encoder:
             await self.write(samples)
 
     async def _have_core(self, size: int) -> None:
-        """Have a core for size more bytes, or pass it on: to take turns, or for want of work.
+        """Hold a core where there are size more bytes and a backlog: for TURN_BYTES, then anew.
 
-        ffmpeg does a little without one. So who sends slowly needs none, and keeps none.
+        Whoever sends slowly holds none: ffmpeg takes the little there is without one.
         """
         self._turn_bytes += size
         much = self._backlog() + size > READ_BYTES
-        if not much or (self._turn_bytes > TURN_BYTES and self._cores.wanted):
+        if not much or self._turn_bytes > TURN_BYTES:
             self._give_core()
         if much and self._core is None:
             self._core, self._turn_bytes = await self._cores.take(), size
-            if sys.platform == "linux":
-                self._pin({self._core} if self._cores.lent > 1 else self._cores.all)
+            if sys.platform == "linux":  # while cores are idle, its scheduler knows better
+                self._pin({self._core} if self._cores.none_left else self._cores.all)
 
     def _give_core(self) -> None:
         if self._core is not None:
