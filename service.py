@@ -59,16 +59,7 @@ from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from asyncio.subprocess import Process
 from base64 import b64encode
 from collections import deque
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from copy import deepcopy
@@ -172,8 +163,8 @@ class Settings:
         return HOME / Path(self.data_dir or "data").expanduser()
 
     @property
-    def origins(self) -> list[str]:
-        return [origin for each in self.cors_origins.split(",") if (origin := each.strip())]
+    def origins(self) -> tuple[str, ...]:
+        return tuple(filter(None, map(str.strip, self.cors_origins.split(","))))
 
     @property
     def keep_seconds(self) -> int | None:
@@ -657,17 +648,6 @@ def routes(path: str, **methods: Endpoint) -> list[Route]:
     return [Route(p, endpoint, methods=list(methods)) for p in (path, path.rstrip("/") + "/")]
 
 
-def __getattr__(name: str) -> Starlette:
-    """Make service.app, from the environment and .env, when it is asked for (PEP 562)."""
-    if name != "app":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    app = globals()["app"] = create_app()
-    if not logger.hasHandlers():  # nobody has given it any: uvicorn keeps its own to itself
-        logger.handlers = logging.getLogger("uvicorn").handlers
-        logger.setLevel(logging.INFO)
-    return app
-
-
 # Errors -------------------------------------------------------------------------------------------
 
 RETRY_AFTER = {"Retry-After": "2"}  # seconds
@@ -787,7 +767,7 @@ def bearer_token(request: Request) -> str:
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def refuse_other_origins(request: Request, allowed: Sequence[str]) -> None:
+def refuse_other_origins(request: Request, allowed: tuple[str, ...]) -> None:
     """Let no page of another origin change anything. Raises HTTPException 403.
 
     Browsers say in Sec-Fetch-Site (W3C Fetch Metadata, section 2.3) where a request comes from.
@@ -1327,7 +1307,7 @@ async def store(state: State, recording: Recording) -> tuple[uuid.UUID, datetime
                 await connection.copy_to_table(
                     "records",
                     schema_name="wav_to_mp3",
-                    source=binary_copy(recording, id_record, key),
+                    source=binary_row(recording, id_record, key),
                     columns=COLUMNS,
                     format="binary",
                     timeout=QUERY_SECONDS + recording.size / STORED_BYTES,
@@ -1360,7 +1340,7 @@ COLUMNS = (
 )
 
 
-async def binary_copy(recording: Recording, id_record: uuid.UUID, key: str) -> AsyncIterator[bytes]:
+async def binary_row(recording: Recording, id_record: uuid.UUID, key: str) -> AsyncGenerator[bytes]:
     """Yield the row in the binary format of COPY (PostgreSQL's documentation of COPY).
 
     COPY streams the file into the column; an INSERT would hold three times its size in memory.
@@ -1406,7 +1386,7 @@ def whole_number(text: str) -> int | None:
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
-def read_body(request: Request, limit: int) -> AsyncIterator[bytes]:
+def read_body(request: Request, limit: int) -> AsyncGenerator[bytes]:
     """Return the body as it arrives, at most limit bytes of it.
 
     Raises HTTPException at once for what the headers say: 413 for a declared length past limit, 415
@@ -1421,7 +1401,7 @@ def read_body(request: Request, limit: int) -> AsyncIterator[bytes]:
     if {encoding.strip() for encoding in encodings} - {"", "identity"}:
         raise HTTPException(415, "Send the body as it is, without a Content-Encoding.")
 
-    async def chunks() -> AsyncIterator[bytes]:
+    async def chunks() -> AsyncGenerator[bytes]:
         stall_seconds = request.app.state.settings.stall_seconds
         clock = asyncio.get_running_loop().time
         patience = clock() + 2 * stall_seconds
@@ -2526,7 +2506,7 @@ READY_SECONDS = 1.5  # for /readyz to find out, before those who ask lose patien
 
 
 @asynccontextmanager
-async def lifespan(app: Starlette) -> AsyncIterator[None]:
+async def lifespan(app: Starlette) -> AsyncGenerator[None]:
     """Keep app running while the context lasts. It serves also where its database does not."""
     trying = asyncio.create_task(keep_trying(app))
     await asyncio.wait({starting(app)}, timeout=START_SECONDS)
@@ -2717,7 +2697,7 @@ class State:
         self._sweeping = asyncio.create_task(self._sweep()) if settings.keep_seconds else None
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
+    async def turn(self) -> AsyncGenerator[None]:
         """Hold one of MAX_ENCODERS, first come first served. Raises HTTPException 503."""
         self.waiting += 1
         try:
@@ -2768,7 +2748,7 @@ class State:
         raise HTTPException(507, f"Your recordings have {kept} bytes of {limit}. {advice}")
 
     @asynccontextmanager
-    async def spool(self, form: Form) -> AsyncIterator[anyio.AsyncFile[bytes]]:
+    async def spool(self, form: Form) -> AsyncGenerator[anyio.AsyncFile[bytes]]:
         """Lend a temporary file with the WAV of a form that has it before its credentials.
 
         There are SPOOLS of them, and for one more the slowest that is still arriving gives way.
@@ -2802,7 +2782,7 @@ class State:
             self._large_slices -= large
 
     @asynccontextmanager
-    async def encoder(self, header: WavHeader, form: Form) -> AsyncIterator[Encoder]:
+    async def encoder(self, header: WavHeader, form: Form) -> AsyncGenerator[Encoder]:
         """Lend an encoder that has got its header; its process ends with the context."""
         encoder = await self._take_encoder(header, form.options)
         try:
@@ -3025,6 +3005,17 @@ async def serve(app: Starlette) -> None:
         if app.state.starting.done() and isinstance(app.state.starting.exception(), Misconfigured):
             sys.exit(1)  # it is in the log
         await Server(config, app).serve()
+
+
+def __getattr__(name: str) -> Starlette:
+    """Make service.app, from the environment and .env, when it is asked for (PEP 562)."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    app = globals()["app"] = create_app()
+    if not logger.hasHandlers():  # nobody has given it any: uvicorn keeps its own to itself
+        logger.handlers = logging.getLogger("uvicorn").handlers
+        logger.setLevel(logging.INFO)
+    return app
 
 
 def absolute(path: str) -> str:
