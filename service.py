@@ -136,16 +136,10 @@ class Settings:
     keep_days: int = setting(0, "how long a record is kept; 0: for ever", range(36501))
     max_upload_bytes: int = setting(1 << 30, "largest WAV", range(1, (1 << 31) + 1))
     max_encoders: int = setting(32, "ffmpeg processes at once", range(1, 1001))
-    queue_seconds: int = setting(
-        30, "how long an upload waits for an encoder before 503", range(3601)
-    )
-    stall_seconds: int = setting(
-        30, "how long an upload may send nothing before 408", range(1, 3601)
-    )
+    queue_seconds: int = setting(30, "how long uploads wait for an encoder before 503", range(3601))
+    stall_seconds: int = setting(30, "how long uploads may send nothing before 408", range(1, 3601))
     mp3_quality: int = setting(2, "LAME VBR quality, 0 best to 9 smallest", range(10))
-    drain_seconds: int = setting(
-        0, "how long everything is still served after a signal", range(601)
-    )
+    drain_seconds: int = setting(0, "how long all is still served after a signal", range(601))
     ffmpeg: str = setting("", "ffmpeg to run; unset: the wheel's, else the one on PATH")
 
     def __post_init__(self) -> None:
@@ -1237,11 +1231,9 @@ async def apply_schema(pool: asyncpg.Pool[asyncpg.Record]) -> None:
     async with pool.acquire() as connection:
         if connection.get_server_version().major < POSTGRES_VERSION:
             raise Misconfigured(f"PostgreSQL {POSTGRES_VERSION} or later is needed.")
-        try:
+        with suppress(asyncpg.InsufficientPrivilegeError):  # an administrator may have applied it
             await connection.execute(schema, timeout=LONG_SECONDS)
             return
-        except asyncpg.InsufficientPrivilegeError:
-            pass  # an administrator may have applied it
         try:
             await connection.execute(PROBE_SCHEMA)
         except asyncpg.SyntaxOrAccessError as error:
@@ -1328,15 +1320,8 @@ async def store(state: State, recording: Recording) -> tuple[uuid.UUID, datetime
 
 
 COLUMNS = (
-    "id_user",
-    "id_record",
-    "idempotency_key",
-    "wav_sha256",
-    "filename",
-    "size",
-    "duration",
-    "mp3",
-    "sha256",
+    *("id_user", "id_record", "idempotency_key", "wav_sha256", "filename", "size", "duration"),
+    *("mp3", "sha256"),
 )
 
 
@@ -1814,42 +1799,31 @@ def checked_format(
 
 def plain_wav_header(header: WavHeader) -> bytes:
     """Return the header that ffmpeg gets: one format, and audio of unknown size."""
-    tag, channels, rate, block = (
-        header.format_tag,
-        header.channels,
-        header.sample_rate,
-        header.block,
-    )
+    tag, channels, rate = header.format_tag, header.channels, header.sample_rate
     extension = b""
     if tag in BLOCKS:
         extension = struct.pack("<HH", 2, header.block_samples)
     elif channels > 2:
         extension = struct.pack("<HHIH", 22, header.bits, header.speakers, tag) + EXTENSIBLE_GUID
         tag = EXTENSIBLE
-    bytes_per_second = rate * block // header.block_samples
-    fmt = struct.pack("<HHIIHH", tag, channels, rate, bytes_per_second, block, header.bits)
+    byte_rate = rate * header.block // header.block_samples
+    fmt = struct.pack("<HHIIHH", tag, channels, rate, byte_rate, header.block, header.bits)
     size = struct.pack("<I", len(fmt + extension))
     return b"RIFF\xff\xff\xff\xffWAVEfmt " + size + fmt + extension + b"data\xff\xff\xff\xff"
 
 
+@dataclass
 class Wav:
     """A WAV that arrives: its header, then its samples, then what tags are behind them."""
 
-    def __init__(
-        self,
-        read: Callable[[], Awaitable[bytes | memoryview]],
-        limit: int,
-        sha256: hashlib._Hash | None,
-    ) -> None:
-        """Take the file from read, which returns nothing at its end; up to limit bytes."""
-        self.limit = limit
-        self.sha256 = sha256  # of the file, where it is asked for
-        self.received = 0  # bytes of the file
-        self.audio = 0  # bytes of samples
-        self.header: WavHeader
-        self._read = read
-        self._ahead: bytes | memoryview = b""
-        self._trailer = bytearray()
+    read: Callable[[], Awaitable[bytes | memoryview]]  # the file, and nothing at its end
+    limit: int  # bytes of the file
+    sha256: hashlib._Hash | None  # of the file, where it is asked for
+    received: int = 0  # bytes of the file
+    audio: int = 0  # bytes of samples
+    header: WavHeader = field(init=False)
+    _ahead: bytes | memoryview = b""
+    _trailer: bytearray = field(default_factory=bytearray)
 
     async def read_header(self) -> WavHeader:
         """Return the header. Raises HTTPException 422 for what is not taken."""
@@ -1897,7 +1871,7 @@ class Wav:
         return listed_tags(self._trailer, odd) | self.header.tags
 
     async def _receive(self) -> bytes | memoryview:
-        data = await self._read()
+        data = await self.read()
         self.received += len(data)
         if self.received > self.limit:
             raise HTTPException(413, f"The WAV is too large: {self.limit} bytes are allowed.")
@@ -2689,10 +2663,10 @@ class State:
         self._spools = asyncio.Semaphore(SPOOLS)
         self._arriving: dict[Form, asyncio.Timeout] = {}  # into such files
         self.data_dir = data_dir  # of the embedded PostgreSQL
-        self._spare: asyncio.Task[Encoder] | None = None
         self._stack = stack.pop_all()
         self._start_encoder = partial(start_encoder, ffmpeg, settings, Cores())
-        self._start_spare()
+        # Started ahead, which spares the next upload its start.
+        self._spare: asyncio.Task[Encoder] | None = asyncio.create_task(self._start_encoder())
         meters().states.add(self)
         self._sweeping = asyncio.create_task(self._sweep()) if settings.keep_seconds else None
 
@@ -2793,7 +2767,7 @@ class State:
         finally:
             await encoder.close()
         if not self._spare:  # only now, so as not to compete with the one that was lent
-            self._start_spare()
+            self._spare = asyncio.create_task(self._start_encoder())
 
     async def _take_encoder(self, header: WavHeader, options: Mapping[str, int]) -> Encoder:
         """Return the encoder started ahead where it will do and still lives, or another."""
@@ -2809,10 +2783,6 @@ class State:
                     return encoder
                 await encoder.close()
         return await self._start_encoder()
-
-    def _start_spare(self) -> None:
-        """Start an encoder ahead, which spares the next upload its start."""
-        self._spare = asyncio.create_task(self._start_encoder())
 
     async def _sweep(self) -> None:
         """Delete expired records, for ever."""
