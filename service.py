@@ -268,9 +268,7 @@ async def register(request: Request) -> Response:
         raise HTTPException(422, 'The field username is missing. Send {"username": "Bob"}')
     username = checked_username(username)
     token = str(uuid.uuid4())
-    id_user = await retried(
-        Connection.fetchval, state.pool, INSERT_USER, username, token_sha256(token)
-    )
+    id_user = await state.fetchval(INSERT_USER, username, token_sha256(token))
     if id_user is None:
         raise HTTPException(409, "This username is taken. Choose another.")
     return JSONResponse({"id_user": id_user, "user_token": token}, 201, NO_STORE)
@@ -278,9 +276,9 @@ async def register(request: Request) -> Response:
 
 async def renew_token(request: Request) -> Response:
     """Give a user a new token; the old one is void at once."""
-    pool = (await running(request)).pool
+    state = await running(request)
     old, new = token_sha256(bearer_token(request)), str(uuid.uuid4())
-    id_user = await retried(Connection.fetchval, pool, UPDATE_TOKEN, old, token_sha256(new))
+    id_user = await state.fetchval(UPDATE_TOKEN, old, token_sha256(new))
     if id_user is None:
         raise wrong_credentials()
     return JSONResponse({"id_user": id_user, "user_token": new}, 201, NO_STORE)
@@ -301,9 +299,7 @@ async def authenticate(request: Request, user_token: str, id_user: str | None = 
     Raises HTTPException 401.
     """
     state = await running(request)
-    owner: int | None = await retried(
-        Connection.fetchval, state.pool, SELECT_USER, token_sha256(user_token)
-    )
+    owner: int | None = await state.fetchval(SELECT_USER, token_sha256(user_token))
     if owner is None or (id_user is not None and owner != whole_number(id_user)):
         raise wrong_credentials()
     return owner
@@ -422,9 +418,7 @@ async def slices(state: State, record: asyncpg.Record, part: range) -> AsyncGene
     while offset < part.stop:
         with state.slice_bytes(large=fast) as most:
             began, length = clock(), min(most, part.stop - offset)
-            data = await retried(
-                Connection.fetchval, state.pool, SELECT_SLICE, *key, offset + 1, length
-            )
+            data = await state.fetchval(SELECT_SLICE, *key, offset + 1, length)
             if data is None:  # deleted meanwhile: the client must not take this for the end
                 raise no_record()
             fetched = clock()
@@ -450,8 +444,8 @@ async def delete(request: Request) -> Response:
     if owner != record["id_user"]:
         raise no_record()
     precondition(request.method, request.headers, *validators(record))
-    pool = (await running(request)).pool
-    if not await retried(Connection.fetchval, pool, DELETE_RECORD, owner, record["id_record"]):
+    state = await running(request)
+    if not await state.fetchval(DELETE_RECORD, owner, record["id_record"]):
         raise no_record()
     return Response(status_code=204)
 
@@ -2689,6 +2683,10 @@ class State:
             self.busy -= 1
             self._encoders.release()
 
+    async def fetchval(self, query: str, *args: object) -> Any:
+        """Return the first value that a repeatable query finds, None where it finds nothing."""
+        return await retried(Connection.fetchval, self.pool, query, *args)
+
     async def check_room(self, size: int = 0) -> None:
         """Refuse what could fill the disk of the embedded PostgreSQL. Raises HTTPException 507.
 
@@ -2700,7 +2698,7 @@ class State:
         if free < ROOM_BYTES + 2 * size:  # once for its log
             inside = 0
             if free > ROOM_BYTES / 2:
-                inside = await retried(Connection.fetchval, self.pool, SELECT_FREE_BYTES)
+                inside = await self.fetchval(SELECT_FREE_BYTES)
             if inside < 2 * size + SLICE_BYTES:
                 detail = "The disk of the database is nearly full. Delete recordings, and wait for"
                 raise HTTPException(507, f"{detail} a minute, or have its operator make room.")
@@ -2713,10 +2711,8 @@ class State:
         limit, keep = self.settings.max_user_bytes, self.settings.keep_seconds
         if not limit:
             return
-        kept = await retried(Connection.fetchval, self.pool, SELECT_KEPT_BYTES, id_user, keep) or 0
-        if kept < limit or (
-            key and await retried(Connection.fetchrow, self.pool, SELECT_KEY, id_user, key, keep)
-        ):
+        kept = await self.fetchval(SELECT_KEPT_BYTES, id_user, keep) or 0
+        if kept < limit or (key and await self.fetchval(SELECT_KEY, id_user, key, keep)):
             return
         advice = "Delete some" + (", or wait until some expire." if keep else ".")
         raise HTTPException(507, f"Your recordings have {kept} bytes of {limit}. {advice}")
