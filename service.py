@@ -375,9 +375,9 @@ async def conclude(
 # Download -----------------------------------------------------------------------------------------
 
 SLICE_BYTES = 128 << 10  # of an MP3 in memory, for each download
-LARGE_SLICE_BYTES = 512 << 10  # for one whose client is faster than the database, as a far one is
+LARGE_SLICE_BYTES = 512 << 10  # where the client is faster than the database, which may be far
 LARGE_SLICES = 8  # at once
-SEND_BYTES = 32 << 10  # of it at a time to the connection, whose buffer holds about three
+SEND_BYTES = 32 << 10  # handed to the connection at a time: its buffer holds about three of them
 
 
 async def download(request: Request) -> Response:
@@ -430,7 +430,7 @@ async def slices(state: State, record: asyncpg.Record, part: range) -> AsyncGene
 
 
 def pieces(data: bytes) -> Iterator[bytes]:
-    """Yield data in what the connection takes at a time."""
+    """Yield data in pieces of SEND_BYTES, and count them when they have been taken."""
     for start in range(0, len(data), SEND_BYTES):
         piece = data[start : start + SEND_BYTES]
         yield piece
@@ -451,7 +451,7 @@ async def delete(request: Request) -> Response:
 
 
 async def find(request: Request, ahead: int = 0) -> asyncpg.Record:
-    """Return what a link names, with the first bytes of its MP3. Raises HTTPException 404."""
+    """Return the record of a link, with ahead bytes of its MP3. Raises HTTPException 404."""
     state = await running(request)
     id_user = whole_number(request.query_params.get("id_user", ""))
     try:
@@ -987,7 +987,7 @@ class Meters:
         Info("wav_to_mp3_build", "The release").info({"version": version()})
         self.uploads = Counter("wav_to_mp3_uploads", "Uploads by their outcome", ["outcome"])
         for outcome in ("stored", "refused", "unavailable", "abandoned", "failed"):
-            self.uploads.labels(outcome)  # from 0 on, or no rate has the first one in it
+            self.uploads.labels(outcome)  # at 0, or Prometheus's rate() misses the first one
         self.upload_bytes = Counter("wav_to_mp3_upload_bytes", "WAV of stored uploads")
         self.audio_seconds = Counter("wav_to_mp3_audio_seconds", "Audio of stored uploads")
         self.mp3_bytes = Counter("wav_to_mp3_mp3_bytes", "MP3 of stored uploads")
@@ -1185,8 +1185,8 @@ async def connect(url: str, **options: Any) -> asyncpg.Connection[asyncpg.Record
 
 
 def watched(connection: asyncpg.Connection[asyncpg.Record]) -> asyncpg.Connection[asyncpg.Record]:
-    """Let a connection end when its host has vanished."""
-    # asyncpg has no other way to its socket.
+    """Return connection, which will end with an error when its host has vanished."""
+    # asyncpg offers no other way to the socket.
     link = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]
     if sys.platform == "linux" and link.family != socket.AF_UNIX:
         link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -1659,7 +1659,7 @@ BLOCKS = {MS_ADPCM: "MS ADPCM", IMA_ADPCM: "IMA ADPCM", GSM: "GSM 6.10"}
 EXTENSIBLE = 0xFFFE
 EXTENSIBLE_GUID = bytes.fromhex("000000001000800000aa00389b71")  # behind the format tag in it
 
-# Of audio or file, where a recorder cannot come back to fill it in.
+# What stands for the size of the audio or the file where a recorder cannot go back to fill it in.
 UNKNOWN_SIZES = {
     *(0, 0xFFFFFFFF),  # most of them
     *range(0x7FFF0000, 0x80000001),  # sox, GStreamer, lame, arecord
@@ -1967,8 +1967,8 @@ async def start_encoder(
         *(("-ac", str(options["channels"])) if "channels" in options else ()),
         *("-f", "mp3", "-y", "/dev/stdout"),
     )
-    # Ctrl-C is for the service, which finishes its uploads, and not for this group. uvloop can only
-    # start a session, and by session Linux schedules: niceness counts only within one.
+    # A group of its own, lest Ctrl-C end it: the service finishes its uploads. uvloop can start a
+    # session only, which is worse: where Linux schedules by session, niceness counts within one.
     has_groups = isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop)
     group: dict[str, Any] = {"process_group": 0} if has_groups else {"start_new_session": True}
     with ExitStack() as files:
@@ -1991,7 +1991,7 @@ async def start_encoder(
     with suppress(OSError):  # where a container forbids it, or it has ended
         os.setpriority(os.PRIO_PROCESS, process.pid, 19)  # downloads come first
         if sys.platform == "linux":
-            # Fewer switches between its threads, and to it. Linux gives a user 64 MiB of pipes.
+            # SCHED_BATCH and a large pipe: fewer switches. All pipes of a user may have 64 MiB.
             os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
             if pipe := encoder.stdin.get_extra_info("pipe"):  # uvloop has none to give
                 size = min(1 << 20, (32 << 20) // settings.max_encoders)
@@ -2155,7 +2155,7 @@ class Encoder:
         if self.alive:
             with suppress(ProcessLookupError, PermissionError):  # macOS: of a group just ended
                 os.killpg(self._process.pid, signal.SIGKILL)
-        # A shutdown cancels what is in progress twice: the first time has the reason.
+        # A shutdown cancels twice. The first CancelledError, on its way already, has the reason.
         with self.mp3, self._log, suppress(asyncio.CancelledError):
             await self._process.wait()
 
@@ -2237,10 +2237,10 @@ POSTGRES = (
     "--log_checkpoints=off",
 )
 
-# Files in DATA_DIR are locked, which ends with whoever does: `change` by who starts or stops
-# PostgreSQL; `server` by each of its processes, whose stdin it is; `use`, shared, by the watchers,
-# whose stdout it is. There is one for each process that uses the database, at the other end of a
-# pipe, to learn of its end, however that comes: a shell, which takes no memory to speak of.
+# Files in DATA_DIR are locked, and a lock ends with the process that holds it: `change` is held by
+# whoever starts or stops PostgreSQL; `server` by each process of PostgreSQL, as its stdin; `use`,
+# shared, by the watchers, as their stdout. Each process that uses the database has a watcher at the
+# other end of a pipe, which learns of every end: a shell, which takes no memory to speak of.
 LAUNCH = """exec 3<&0; "$0" "$@" <&3 3<&- &"""  # a background job's stdin is else /dev/null
 WATCH = """trap '' HUP INT TERM; read -r _; exec "$@" """
 STOP = """
@@ -2475,7 +2475,7 @@ READY_SECONDS = 1.5  # for /readyz to find out, before those who ask lose patien
 
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncGenerator[None]:
-    """Keep app running while the context lasts. It serves also where its database does not."""
+    """Keep app running while the context lasts. It also serves while its database does not."""
     trying = asyncio.create_task(keep_trying(app))
     await asyncio.wait({starting(app)}, timeout=START_SECONDS)
     try:
@@ -2859,7 +2859,7 @@ PATH_CHARACTERS = 200  # of a line in the access log
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, with bounds on heads that do not come, answers not taken and reading ahead."""
+    """uvicorn's, with bounds on the wait for a head, on answers not taken and on pipelines."""
 
     stall_seconds: ClassVar[int]
     head_timer: asyncio.TimerHandle | None = None
