@@ -1281,9 +1281,7 @@ async def store(state: State, recording: Recording) -> tuple[uuid.UUID, datetime
         if stored and stored["wav_sha256"] != recording.wav_sha256:
             detail = "This Idempotency-Key was used with another file or options. Take a new one."
             raise HTTPException(422, detail)
-        if not stored:
-            return None
-        return uuid.UUID(bytes=stored["id_record"].bytes), stored["created_at"]
+        return (stored["id_record"], stored["created_at"]) if stored else None
 
     async def copy(connection: Connection) -> tuple[uuid.UUID, datetime]:
         if recording.idempotency_key and (found := await known(connection)):
@@ -2083,9 +2081,10 @@ class Encoder:
             await self.write(samples)
 
     async def _have_core(self, size: int) -> None:
-        """Hold a core where there are size more bytes and a backlog: for TURN_BYTES, then anew.
+        """Hold a core while ffmpeg has much to do: READ_BYTES, with size bytes that are to come.
 
-        Whoever sends slowly holds none: ffmpeg takes the little there is without one.
+        After TURN_BYTES others have a turn. Whoever sends slowly holds none: what little there is
+        ffmpeg does without one.
         """
         self._turn_bytes += size
         much = self._backlog() + size > READ_BYTES
