@@ -832,14 +832,13 @@ def version() -> str:
 @cache
 def page_headers() -> dict[str, str]:
     """Return the headers that let the page do what it does, and nothing else."""
-    sources = {}
-    for element in ("script", "style"):
-        (text,) = re.findall(
-            rb"(?s)<%b>(.*?)</%b>" % ((element.encode(),) * 2), read_beside("page.html")
-        )
-        sources[element] = f"'sha256-{b64encode(hashlib.sha256(text).digest()).decode()}'"
+
+    def source(element: bytes) -> str:
+        (text,) = re.findall(rb"(?s)<%b>(.*?)</%b>" % (element, element), read_beside("page.html"))
+        return f"'sha256-{b64encode(hashlib.sha256(text).digest()).decode()}'"
+
     policy = (
-        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']};"
+        f"default-src 'none'; script-src {source(b'script')}; style-src {source(b'style')};"
         " connect-src 'self'; media-src 'self'; img-src 'self' data:; base-uri 'none';"
         " form-action 'none'; frame-ancestors 'none'"
     )
@@ -1029,8 +1028,7 @@ def counted(upload: Endpoint) -> Endpoint:
             outcome = "stored"
             return response
         except (HTTPException, FormParserError, asyncpg.ForeignKeyViolationError) as error:
-            unavailable = getattr(error, "status_code", 400) == 503
-            outcome = "unavailable" if unavailable else "refused"
+            outcome = "unavailable" if getattr(error, "status_code", 0) == 503 else "refused"
             raise
         except (ClientDisconnect, asyncio.CancelledError):
             outcome = "abandoned"
