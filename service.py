@@ -345,7 +345,10 @@ async def upload(request: Request) -> Response:
 async def conclude(
     request: Request, form: Form, id_user: int, wav: Wav, encoder: Encoder
 ) -> Response:
-    """Let the encoder finish, store the MP3, and answer with its link."""
+    """Let the encoder finish, store the MP3, and answer with its link.
+
+    A client that leaves before the MP3 is finished leaves nothing; later the MP3 is stored.
+    """
     state = await running(request)
     clock = time.perf_counter
     duration = await unless_gone(request, encoder.finish(wav))
@@ -1075,7 +1078,11 @@ COPY_BYTES = 256 << 10  # of an MP3 in memory while it is stored
 async def retried(
     query: Callable[..., Awaitable[T]], pool: asyncpg.Pool[asyncpg.Record], *args: object
 ) -> T:
-    """Await a repeatable query with a connection, and again where the database went away."""
+    """Await a repeatable query with a connection, and again where the database went away.
+
+    A host that vanished is noticed after VANISHED_SECONDS (watched), and the next connection is to
+    the first host that answers (connect). A query that hangs ends after QUERY_SECONDS (once).
+    """
     for pause in RETRY_PAUSES:
         try:
             return await once(query, pool, *args)
