@@ -1936,7 +1936,8 @@ def synchsafe(number: int) -> bytes:
 MP3_BYTES = 530_000_000  # 3.7 h at 320 kbit/s: pg_dump doubles it, in a line of up to a GiB
 MP3_BYTES_A_SECOND = 40_000  # of audio, at the most: 320 kbit/s
 WAV_BYTES_A_SECOND = 100_000  # of CPU, at the least: GSM 6.10 makes a million here
-TURN_BYTES = 2 << 20  # of samples, after which others have a turn on the core
+TURN_BYTES = 2 << 20  # of samples, after which others have a turn on the core: 0.1 s of CD audio
+TURN_SECONDS = 0.5  # after which they have it too: 2 MiB of GSM 6.10 take two seconds, or twelve
 PAUSE_SECONDS = 0.05  # without samples, after which they have it too
 DATA_BYTES = 1 << 30  # of memory: 100 MiB are needed here, and each core may add a thread's stack
 LOG_BYTES = 16 << 10  # of what ffmpeg has to say, at its end
@@ -2044,6 +2045,7 @@ class Encoder:
         self._core: int | None = None
         self._affinity = cores.all
         self._turn_bytes = 0
+        self._turn_ends = math.inf
 
     @property
     def alive(self) -> bool:
@@ -2088,15 +2090,17 @@ class Encoder:
     async def _have_core(self, size: int) -> None:
         """Hold a core while ffmpeg has much to do: READ_BYTES, with size bytes that are to come.
 
-        After TURN_BYTES others have a turn. Whoever sends slowly holds none: what little there is
-        ffmpeg does without one.
+        After TURN_BYTES or TURN_SECONDS others have a turn. Whoever sends slowly holds none: what
+        little there is ffmpeg does without one.
         """
+        clock = time.monotonic
         self._turn_bytes += size
         much = self._backlog() + size > READ_BYTES
-        if not much or self._turn_bytes > TURN_BYTES:
+        if not much or self._turn_bytes > TURN_BYTES or clock() > self._turn_ends:
             self._give_core()
         if much and self._core is None:
             self._core, self._turn_bytes = await self._cores.take(), size
+            self._turn_ends = clock() + TURN_SECONDS
             if sys.platform == "linux":  # while cores are idle, its scheduler knows better
                 self._pin({self._core} if self._cores.none_left else self._cores.all)
 
