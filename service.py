@@ -492,9 +492,8 @@ async def records(request: Request) -> Response:
         time_text, _, id_text = query.get("before", NEWEST).partition("_")
         before = datetime.fromisoformat(time_text).astimezone(UTC), uuid.UUID(id_text)
     except (ValueError, OverflowError):
-        raise HTTPException(
-            422, "The parameter before is malformed. Take the next page from the Link header."
-        ) from None
+        detail = "The parameter before is malformed. Take the next page from the Link header."
+        raise HTTPException(422, detail) from None
     pool, keep = (await running(request)).pool, request.app.state.settings.keep_seconds
     rows = await retried(Connection.fetch, pool, SELECT_PAGE, id_user, *before, limit + 1, keep)
     page = [
@@ -1654,9 +1653,7 @@ OTHER_FILES = {
     b"OggS": "Ogg",
     b"caff": "CAF",
     b".snd": "AU",
-    b"ID3\2": "MP3",
-    b"ID3\3": "MP3",
-    b"ID3\4": "MP3",
+    **dict.fromkeys((b"ID3\2", b"ID3\3", b"ID3\4"), "MP3"),
 }
 BLOCKS = {MS_ADPCM: "MS ADPCM", IMA_ADPCM: "IMA ADPCM", GSM: "GSM 6.10"}
 EXTENSIBLE = 0xFFFE
@@ -2523,11 +2520,8 @@ def starting(app: Starlette) -> asyncio.Task[State]:
     """Return the task that brings app up: a new one where the last one failed."""
     task: asyncio.Task[State] | None = app.state.starting
     loop = asyncio.get_running_loop()
-    if (
-        task is None
-        or task.get_loop() is not loop
-        or (task.done() and (task.cancelled() or task.exception()))
-    ):
+    failed = task and task.done() and (task.cancelled() or task.exception())
+    if not task or failed or task.get_loop() is not loop:
         task = app.state.starting = loop.create_task(start(app))
     return task
 
@@ -2545,11 +2539,8 @@ async def start(app: Starlette) -> State:
         if reason != app.state.failure:
             # What PostgreSQL said may have more lines; what others said may have a password in it.
             cause = error.__cause__ if isinstance(error, Misconfigured) else error
-            said = (
-                repr(cause).partition("\\n")[0]
-                if isinstance(cause, (asyncpg.PostgresError, *UNAVAILABLE))
-                else ""
-            )
+            told = isinstance(cause, (asyncpg.PostgresError, *UNAVAILABLE))
+            said = repr(cause).partition("\\n")[0] if told else ""
             unexpected = not isinstance(error, (Misconfigured, *UNAVAILABLE))
             logger.error("%s", f"{reason} {said}".rstrip(), exc_info=unexpected)
         app.state.failure = reason
@@ -2592,7 +2583,8 @@ async def open_state(app: Starlette, stack: AsyncExitStack) -> State:
         stack.callback(pool.terminate)
         await pool
     await apply_schema(pool)
-    return State(settings, pool, partial(connect_to, url), ffmpeg, data_dir, stack)
+    connect_to = partial(connect_to, url)
+    return State(settings, pool, connect_to, ffmpeg, data_dir, stack.pop_all())
 
 
 def find_ffmpeg(named: str) -> str:
@@ -2643,34 +2635,29 @@ RETURNING id_user
 """
 
 
+@dataclass(eq=False)  # which a set of the meters takes
 class State:
     """What an application holds while it runs."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        pool: asyncpg.Pool[asyncpg.Record],
-        connect: Connect,
-        ffmpeg: str,
-        data_dir: Path | None,
-        stack: AsyncExitStack,
-    ) -> None:
-        self.settings = settings
-        self.pool = pool
-        self.connect = connect  # to the database, where the pool is not the host's
-        self.ffmpeg = ffmpeg
-        self.busy = self.waiting = 0  # uploads that have a turn, and that wait for one
-        self._encoders = asyncio.Semaphore(settings.max_encoders)
+    settings: Settings
+    pool: asyncpg.Pool[asyncpg.Record]
+    connect: Connect  # to the database, where the pool is not the host's
+    ffmpeg: str
+    data_dir: Path | None  # of the embedded PostgreSQL
+    stack: AsyncExitStack  # what is taken down at the end
+    busy: int = 0  # uploads that have a turn
+    waiting: int = 0  # and those that wait for one
+
+    def __post_init__(self) -> None:
+        self._encoders = asyncio.Semaphore(self.settings.max_encoders)
         self._large_slices = 0
         self._spools = asyncio.Semaphore(SPOOLS)
         self._arriving: dict[Form, asyncio.Timeout] = {}  # into such files
-        self.data_dir = data_dir  # of the embedded PostgreSQL
-        self._stack = stack.pop_all()
-        self._start_encoder = partial(start_encoder, ffmpeg, settings, Cores())
+        self._start_encoder = partial(start_encoder, self.ffmpeg, self.settings, Cores())
         # Started ahead, which spares the next upload its start.
         self._spare: asyncio.Task[Encoder] | None = asyncio.create_task(self._start_encoder())
         meters().states.add(self)
-        self._sweeping = asyncio.create_task(self._sweep()) if settings.keep_seconds else None
+        self._sweeping = asyncio.create_task(self._sweep()) if self.settings.keep_seconds else None
 
     @asynccontextmanager
     async def turn(self) -> AsyncGenerator[None]:
@@ -2790,11 +2777,10 @@ class State:
 
     async def _sweep(self) -> None:
         """Delete expired records, for ever."""
+        query = SWEEP, self.settings.keep_seconds, BATCH_RECORDS
         while True:
             try:
-                swept = await self.pool.fetch(
-                    SWEEP, self.settings.keep_seconds, BATCH_RECORDS, timeout=LONG_SECONDS
-                )
+                swept = await self.pool.fetch(*query, timeout=LONG_SECONDS)
             except (asyncpg.PostgresError, asyncpg.InterfaceError, *UNAVAILABLE) as error:
                 logger.warning("Expired records are not swept now: %r", error)
                 swept = []
@@ -2808,7 +2794,7 @@ class State:
         if spare:
             with suppress(OSError, EncoderFailure):
                 await (await spare).close()
-        await self._stack.aclose()
+        await self.stack.aclose()
 
 
 async def lacking(app: Starlette) -> str:
