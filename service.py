@@ -377,9 +377,9 @@ async def conclude(
 
 # Download -----------------------------------------------------------------------------------------
 
-SLICE_BYTES = 128 << 10  # of an MP3 in memory, for each download
+SLICE_BYTES = 112 << 10  # of an MP3 in memory, for each download
 LARGE_SLICE_BYTES = 512 << 10  # where the client is faster than the database, which may be far
-LARGE_SLICES = 8  # at once
+LARGE_SLICES = 4  # at once
 SEND_BYTES = 32 << 10  # handed to the connection at a time: its buffer holds about three of them
 
 
@@ -1933,8 +1933,8 @@ def synchsafe(number: int) -> bytes:
 MP3_BYTES = 530_000_000  # 3.7 h at 320 kbit/s: pg_dump doubles it, in a line of up to a GiB
 MP3_BYTES_A_SECOND = 40_000  # of audio, at the most: 320 kbit/s
 WAV_BYTES_A_SECOND = 100_000  # of CPU, at the least: GSM 6.10 makes a million here
-TURN_BYTES = 2 << 20  # of samples, after which others have a turn on the core: 0.1 s of CD audio
-TURN_SECONDS = 0.5  # after which they have it too: 2 MiB of GSM 6.10 take two seconds, or twelve
+TURN_BYTES = 5 << 18  # of samples, after which others have a turn on the core: 7 s of CD audio
+TURN_SECONDS = 0.5  # after which they have it too: so much GSM 6.10 would take a second, or eight
 PAUSE_SECONDS = 0.05  # without samples, after which they have it too
 DATA_BYTES = 1 << 30  # of memory: 100 MiB are needed here, and each core may add a thread's stack
 LOG_BYTES = 16 << 10  # of what ffmpeg has to say, at its end
@@ -1992,10 +1992,11 @@ async def start_encoder(
     with suppress(OSError):  # where a container forbids it, or it has ended
         os.setpriority(os.PRIO_PROCESS, process.pid, 19)  # downloads come first
         if sys.platform == "linux":
-            # SCHED_BATCH and a large pipe: fewer switches. All pipes of a user may have 64 MiB.
+            # SCHED_BATCH and a large pipe: fewer switches. All pipes of a user may have 64 MiB, and
+            # what is in the pipe is still encoded when a turn is over.
             os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
             if pipe := encoder.stdin.get_extra_info("pipe"):  # uvloop has none to give
-                size = min(1 << 20, (32 << 20) // settings.max_encoders)
+                size = min(1 << 18, (32 << 20) // settings.max_encoders)
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, size)
     return encoder
 
