@@ -860,6 +860,8 @@ class Slices(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except EXPECTED as error:  # too late for an answer: the server cuts the connection
+            logger.warning("A download was cut: %r", error)
         finally:
             await self.body_iterator.aclose()
 

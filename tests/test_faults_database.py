@@ -112,7 +112,7 @@ def test_only_health_is_answered_while_postgresql_is_down(
 ) -> None:
     user = service.register()
     link, content = store_large(service, user)
-    with recovery(service, cuts=True):
+    with recovery(service):
         with (
             Sending(service, user, LONG) as sending,
             Downloading(service, link) as downloading,
@@ -280,7 +280,7 @@ def test_every_request_is_answered_while_postgresql_hangs(database: Postgres) ->
     with watched(database.create_database(), (sys.executable, "-c", IMPATIENT)) as server:
         user = server.register()
         link, content = store_large(server, user)
-        with recovery(server, cuts=True):
+        with recovery(server):
             with (
                 Sending(server, user, LONG) as sending,
                 Downloading(server, link) as downloading,
