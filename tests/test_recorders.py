@@ -12,6 +12,7 @@ from typing import Any
 
 import mutagen.id3
 import pytest
+from imageio_ffmpeg import get_ffmpeg_exe
 
 from support import UPLOAD, Server, StartServer, User, curl_form, problem, script
 from wav import PCM, UNKNOWN, chunk, decoded, ffmpeg, info, pcm_format, riff, sine, wav
@@ -19,6 +20,7 @@ from wav import PCM, UNKNOWN, chunk, decoded, ffmpeg, info, pcm_format, riff, si
 # Live, into a pipe: none of them knows a size when it writes its header
 
 
+FFMPEG = get_ffmpeg_exe()
 RECORDERS = {
     # package, program and command
     "arecord": ("alsa-utils", "arecord -q -D null -f S16_LE -r 16000 -t wav - | head -c 96044"),
@@ -31,10 +33,10 @@ RECORDERS = {
         "gst-launch-1.0 -q audiotestsrc num-buffers=20 ! audio/x-raw,rate=44100 ! wavenc"
         " ! fdsink 2>&-",
     ),
-    "ffmpeg": ("ffmpeg", "ffmpeg -v error -f lavfi -i sine=duration=0.5 -f wav pipe:1"),
+    "ffmpeg": ("", f"{FFMPEG} -v error -f lavfi -i sine=duration=0.5 -f wav pipe:1"),
     "ffmpeg, float": (
-        "ffmpeg",
-        "ffmpeg -v error -f lavfi -i sine=duration=0.5 -c:a pcm_f32le -f wav pipe:1",
+        "",
+        f"{FFMPEG} -v error -f lavfi -i sine=duration=0.5 -c:a pcm_f32le -f wav pipe:1",
     ),
     "lame": ("lame", "lame --quiet --decode tone.mp3 -"),
     "espeak-ng": ("espeak-ng", "espeak-ng --stdout 'Nobody knows how long this is'"),
