@@ -1135,7 +1135,7 @@ async def probe(url: str) -> None:
     try:
         parsed = urlsplit(url)
         if "change-me" in (parsed.password, os.environ.get("PGPASSWORD")):
-            raise Misconfigured("Set a password of your own in the place of change-me.")
+            raise Misconfigured("DATABASE_URL needs a password of yours in the place of change-me.")
         for name in CERTIFICATES & parse_qs(parsed.query).keys():
             if not await asyncio.to_thread(os.access, parse_qs(parsed.query)[name][-1], os.R_OK):
                 raise ssl.SSLError(name)
@@ -1230,7 +1230,8 @@ async def apply_schema(pool: asyncpg.Pool[asyncpg.Record]) -> None:
         raise Misconfigured(f"db.sql has to be beside {Path(__file__).name}: {error}") from error
     async with pool.acquire() as connection:
         if connection.get_server_version().major < POSTGRES_VERSION:
-            raise Misconfigured(f"PostgreSQL {POSTGRES_VERSION} or later is needed.")
+            needed = f"PostgreSQL {POSTGRES_VERSION} or later"
+            raise Misconfigured(f"DATABASE_URL has to lead to {needed}.")
         with suppress(asyncpg.InsufficientPrivilegeError):  # an administrator may have applied it
             await connection.execute(schema, timeout=LONG_SECONDS)
             return

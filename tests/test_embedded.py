@@ -542,23 +542,6 @@ def test_database_listens_nowhere_else(data_dir: Path) -> None:
         assert not listening
 
 
-def test_room_of_deleted_records_is_used_again(data_dir: Path) -> None:
-    fill = "INSERT INTO audio SELECT string_agg(sha256(n::text::bytea), '') FROM "
-    fill += "generate_series(1, 64000) AS n, generate_series(1, 20) AS copy GROUP BY copy"
-    with Host(data_dir) as host:
-        query(host.url, "CREATE TABLE audio (mp3 bytea)")
-        query(host.url, "ALTER TABLE audio ALTER mp3 SET STORAGE EXTERNAL")
-        size = "SELECT pg_total_relation_size('audio') AS bytes"
-        query(host.url, fill)
-        full = query(host.url, size)[0]["bytes"]
-        query(host.url, "DELETE FROM audio")
-        vacuumed = "SELECT FROM pg_stat_all_tables WHERE last_autovacuum IS NOT NULL "
-        vacuumed += "AND relid = (SELECT reltoastrelid FROM pg_class WHERE relname = 'audio')"
-        wait_for(lambda: query(host.url, vacuumed))
-        query(host.url, fill)
-        assert query(host.url, size)[0]["bytes"] < 1.1 * full
-
-
 # Hurt
 
 

@@ -126,38 +126,6 @@ def test_embedded_postgresql_keeps_its_data_and_no_process(
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_no_process_after_an_earlier_kill(data_dir: Path) -> None:
-    with Server({"DATA_DIR": str(data_dir)}) as killed:
-        user = killed.register()
-        killed.process.kill()
-        killed.process.wait()
-    with Server({"DATA_DIR": str(data_dir)}) as server:
-        assert server.upload(user, wav()).status_code == 201
-        assert server.stop(signal.SIGINT) == 0
-        assert "Traceback" not in server.log
-    assert not processes_in(data_dir)
-
-
-@pytest.mark.slow
-def test_servers_that_start_together_share_an_embedded_postgresql(data_dir: Path) -> None:
-    settings = {"DATA_DIR": str(data_dir)}
-    with Server(settings) as first, Server(settings) as second:
-        user = first.register()
-        assert second.upload(user, wav()).status_code == 201
-        first.stop(signal.SIGINT)
-        assert second.upload(user, wav()).status_code == 201
-    assert not processes_in(data_dir)
-
-
-def test_service_exits_with_a_line_where_its_data_cannot_be(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with Server({"DATA_DIR": str(tmp_path / "file" / "data")}) as server:
-        assert server.process.wait(30) > 0
-        [line] = server.log.splitlines()
-        assert "DATA_DIR" in line
-
-
-@pytest.mark.slow
 def test_start_says_where_it_listens_and_where_the_data_is(data_dir: Path) -> None:
     with Server({"DATA_DIR": str(data_dir)}) as server:
         assert server.url in server.log
