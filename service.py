@@ -2058,10 +2058,14 @@ class Encoder:
             seconds = 60 + audio // WAV_BYTES_A_SECOND
             duration = audio // header.block * header.block_samples // header.sample_rate
             output = min((1 << 20) + duration * MP3_BYTES_A_SECOND, MP3_BYTES)
-            with suppress(ProcessLookupError):
-                resource.prlimit(self._process.pid, resource.RLIMIT_CPU, (seconds, seconds + 1))
-                resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (output, output))
-                resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (DATA_BYTES, DATA_BYTES))
+            for kind, soft, hard in (
+                (resource.RLIMIT_CPU, seconds, seconds + 1),
+                (resource.RLIMIT_FSIZE, output, output),
+                (resource.RLIMIT_DATA, DATA_BYTES, DATA_BYTES),
+            ):
+                # It has ended, or its operator allows even less.
+                with suppress(ProcessLookupError, PermissionError):
+                    resource.prlimit(self._process.pid, kind, (soft, hard))
 
     async def write(self, data: bytes | memoryview) -> None:
         """Return when ffmpeg has taken data. Raises EncoderFailure, and as verdict does."""

@@ -1,5 +1,7 @@
 """More clients than encoders, and more connections than file descriptors."""
 
+import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -160,6 +162,13 @@ def test_running_out_of_descriptors_is_answered(start_server: StartServer) -> No
         refused = server.upload(user, SPEECH)
         assert "again" in problem(refused, 503)
     wait(lambda: server.upload(user, SPEECH).status_code == 201)
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="there is no setpriv")
+def test_lower_limits_of_the_operator_stay(start_server: StartServer) -> None:
+    ordinary = ("setpriv", "--bounding-set=-sys_resource") if os.geteuid() == 0 else ()
+    server = start_server((*ordinary, "sh", "-c", 'ulimit -d 900000 && exec "$@"', "sh", *SERVICE))
+    assert server.upload(server.register(), SPEECH).status_code == 201
 
 
 def test_as_many_descriptors_are_taken_as_may_be(start_server: StartServer) -> None:
