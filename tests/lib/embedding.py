@@ -4,12 +4,15 @@ It prints the URL. For each line of its input it sees to it that PostgreSQL runs
 with the end of the input it ends. What can never work is its last words.
 """
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import service
 
+# What a shell runs behind, and whatever that starts, ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     with service.embedded_postgres(Path(sys.argv[1])) as url:
         print(url, flush=True)
