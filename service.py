@@ -1764,6 +1764,8 @@ def checked_format(
         raise HTTPException(422, detail)
     known = SPEAKERS.get(channels, (0,))
     width = (bits + 7) // 8  # samples fill the upper bits of it
+    if tag in LINEAR:
+        block = block or channels * width  # some leave it out
     header = WavHeader(
         format_tag=tag,
         channels=channels,
