@@ -1759,13 +1759,17 @@ def checked_format(
         mask, tag = struct.unpack_from("<IH", fmt, 20)
     if tag not in (*LINEAR, *BLOCKS):
         taken = ", ".join(("PCM", "float", "A-law", "mu-law", *BLOCKS.values()))
-        name = f" ({OTHER_CODECS[tag]})" if tag in OTHER_CODECS else ""
-        detail = f"The WAV has codec 0x{tag:04x}{name}. Convert it to one of: {taken}."
-        raise HTTPException(422, detail)
+        detail = f"The WAV has codec 0x{tag:04x} ({OTHER_CODECS.get(tag, 'unknown')})."
+        raise HTTPException(422, f"{detail} Convert it to one of: {taken}.")
     known = SPEAKERS.get(channels, (0,))
     width = (bits + 7) // 8  # samples fill the upper bits of it
     if tag in LINEAR:
         block = block or channels * width  # some leave it out
+        sound = channels and width in LINEAR[tag] and block == channels * width
+    elif tag == GSM:
+        sound = channels == 1 and block and block % 65 == 0
+    else:
+        sound = channels in (1, 2) and bits == 4 and block >= 7 * channels
     header = WavHeader(
         format_tag=tag,
         channels=channels,
@@ -1777,12 +1781,6 @@ def checked_format(
         declared=declared,
         tags=tags,
     )
-    if tag in LINEAR:
-        sound = channels and width in LINEAR[tag] and block == channels * width
-    elif tag == GSM:
-        sound = channels == 1 and block and block % 65 == 0
-    else:
-        sound = channels in (1, 2) and bits == 4 and block >= 7 * channels
     if tag == 1 and bits == 64:
         raise HTTPException(422, "The WAV has integers of 64 bits. Up to 32 bits are taken.")
     if not sound or header.block_samples > 0xFFFF:  # which ffmpeg's header has to name
@@ -1976,19 +1974,14 @@ async def start_encoder(
     # A group of its own, lest Ctrl-C end it: the service finishes its uploads. uvloop can start a
     # session only, which is worse: where Linux schedules by session, niceness counts within one.
     has_groups = isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop)
-    group: dict[str, Any] = {"process_group": 0} if has_groups else {"start_new_session": True}
+    surroundings: dict[str, Any] = {"stdin": PIPE, "env": {"LC_ALL": "C"}}
+    surroundings |= {"process_group": 0} if has_groups else {"start_new_session": True}
     with ExitStack() as files:
         mp3 = files.enter_context(TemporaryFile())
         log = files.enter_context(TemporaryFile())
         try:
             process = await asyncio.create_subprocess_exec(
-                ffmpeg,
-                *arguments,
-                stdin=PIPE,
-                stdout=mp3,
-                stderr=log,
-                env={"LC_ALL": "C"},
-                **group,
+                ffmpeg, *arguments, stdout=mp3, stderr=log, **surroundings
             )
         except OSError as error:
             raise EncoderFailure(f"it cannot be started: {error}") from error

@@ -315,7 +315,7 @@ REFUSED = {
     "AAC inside": (compressed(0xFF), "0x00ff (AAC)"),
     "WMA inside": (compressed(0x161), "0x0161 (WMA)"),
     "AC-3 inside": (compressed(0x2000), "0x2000 (AC-3)"),
-    "another codec": (compressed(0x1234), "codec 0x1234."),
+    "another codec": (compressed(0x1234), "codec 0x1234 (unknown)."),
     "integers of 64 bits": (integers(64), "integers of 64 bits"),
     "RF64 without ds64": (SIZELESS + bytes(1000), "RF64 file lacks its sizes"),
     "24 bits in 4 bytes, not extensible": (
