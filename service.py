@@ -781,7 +781,9 @@ def base_url(request: Request) -> str:
     settings: Settings = request.app.state.settings
     if settings.base_url:
         return settings.base_url.rstrip("/")
-    url = request.url  # Starlette leaves a malformed Host out of it, but lets quotes pass
+    # Starlette leaves a malformed Host out of it, but lets quotes pass. request.url has the query,
+    # which need not be the UTF-8 that is asked of it.
+    url = request.base_url
     hosts = request.headers.getlist("host")
     if hosts not in ([], [url.netloc]) or not re.fullmatch(r"[\w.:\[\]~-]+", url.netloc, re.ASCII):
         raise HTTPException(400, "The Host header is malformed. Send the host that you called.")

@@ -1,10 +1,10 @@
-"""Who may ask: usernames, and pages of other origins."""
+"""Who may ask, usernames and pages of other origins, and where they think they ask."""
 
 import pytest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from service import checked_username, refuse_other_origins
+from service import base_url, checked_username, create_app, refuse_other_origins
 
 # Usernames
 
@@ -74,3 +74,19 @@ def test_page_of_another_origin_may_not_change_anything(method: str, site: bytes
 )
 def test_others_may_ask(asking: Request) -> None:
     refuse_other_origins(asking, ())
+
+
+# Links
+
+
+def test_query_need_not_be_utf8_for_a_link() -> None:
+    """Servers of HTTP/2 pass it on as it is."""
+    scope = {
+        "type": "http",
+        "app": create_app(),
+        "scheme": "https",
+        "path": "/",
+        "query_string": b"\xff",
+        "headers": [(b"host", b"example.org")],
+    }
+    assert base_url(Request(scope)) == "https://example.org"
