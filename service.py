@@ -1944,6 +1944,7 @@ PAUSE_SECONDS = 0.05  # without samples, after which they have it too
 DATA_BYTES = 1 << 30  # of memory: 100 MiB are needed here, and each core may add a thread's stack
 LOG_BYTES = 16 << 10  # of what ffmpeg has to say, at its end
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+UNDECODABLE = 69  # status of an ffmpeg that has decoded less than a third (-max_error_rate)
 SILENCE = 64  # samples, of the lower rate, behind what is resampled: a filter needs half of them
 
 # ffmpeg gets a header that the service wrote, follows nothing that it finds and writes no metadata.
@@ -2173,13 +2174,16 @@ class Encoder:
 def verdict(status: int, log: str) -> int:
     """Return the samples of each channel that ffmpeg, which ended with status, has decoded.
 
-    Raises HTTPException 422 for what no recording does, EncoderFailure where ffmpeg was killed or
-    failed, OSError where the disk is full.
+    Raises HTTPException 422 for what no recording does and for damaged blocks, EncoderFailure where
+    ffmpeg was killed or failed, OSError where the disk is full.
     """
     out_of_cpu = f"received signal {signal.SIGXCPU:d}"
     if status == -signal.SIGXFSZ or (status > 0 and out_of_cpu in log):
         detail = f"The WAV takes more CPU than a recording would, or more than {MP3_BYTES} bytes"
         raise HTTPException(422, f"{detail} of MP3. Send it in parts.")
+    if status == UNDECODABLE:
+        detail = "The audio of the WAV is damaged: most of it cannot be decoded. Write it anew."
+        raise HTTPException(422, detail)
     if status > 0 and os.strerror(errno.ENOSPC) in log:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if status:

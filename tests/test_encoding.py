@@ -1,6 +1,6 @@
 import pytest
 
-from support import Server
+from support import Server, User
 from wav import PCM, UNKNOWN, chunk, decoded, gsm, info, noise, pcm_format, recoded, riff, tags, wav
 
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
@@ -77,6 +77,14 @@ def test_gsm_is_converted_exactly(server: Server) -> None:
     sound = decoded(server.convert(gsm(50)))
     assert (sound.rate, sound.channels, len(sound.samples)) == (8000, 1, 16000)
     assert any(sound.samples)
+
+
+def test_blocks_that_are_mostly_damaged_are_refused(server: Server, user: User) -> None:
+    content = recoded(wav(60_000), "adpcm_ms")
+    start = content.index(b"data") + 8
+    response = server.upload(user, content[:start] + b"\xff" * len(content[start:]))
+    assert response.status_code == 422
+    assert "damaged" in response.json()["detail"]
 
 
 ODD = chunk(b"junk", b"odd")

@@ -30,9 +30,10 @@ def test_samples_of_an_encoder_that_ended_well(log: str, samples: int) -> None:
         (-signal.SIGXFSZ, ""),
         (-signal.SIGXFSZ, "1 decode errors (441 samples)"),
         (255, f"[fatal] Exiting normally, received signal {signal.SIGXCPU:d}."),
+        (69, "15 decode errors (441 samples)\n[info] Conversion failed!"),
     ],
 )
-def test_encoder_that_exceeded_its_limits_has_got_no_recording(status: int, log: str) -> None:
+def test_encoder_that_failed_by_its_input_has_got_no_recording(status: int, log: str) -> None:
     with pytest.raises(HTTPException) as refused:
         verdict(status, log)
     assert refused.value.status_code == 422
