@@ -481,7 +481,7 @@ def test_root_and_an_ordinary_user_take_turns(directory: Path) -> None:
     for user in (NOBODY, None, NOBODY):
         with Host(data_dir, user) as host:
             assert query(host.url, "SELECT 1")
-            assert {process.uids().real for process in named(data_dir, "postgres")} == {NOBODY}
+            assert postmaster(data_dir).uids().real == NOBODY
         assert not processes_in(data_dir)
 
 
