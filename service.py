@@ -1132,7 +1132,7 @@ EXPLAIN DELETE FROM wav_to_mp3.records WHERE id_user = 0;
 CERTIFICATES = {"sslrootcert", "sslcert", "sslkey", "sslcrl"}
 
 
-async def probe(url: str) -> None:
+async def check_url(url: str) -> None:
     """Find out whether url leads to a database. Raises Misconfigured where it never will."""
     try:
         parsed = urlsplit(url)
@@ -2585,7 +2585,7 @@ async def open_state(app: Starlette, stack: AsyncExitStack) -> State:
             url = await asyncio.to_thread(postgres.__enter__)
             stack.push_async_callback(asyncio.to_thread, postgres.__exit__, None, None, None)
             logger.info("Embedded PostgreSQL keeps its data in %s", data_dir)
-        await probe(url)
+        await check_url(url)
         pool = asyncpg.create_pool(
             url, connect=connect_to, max_size=CONNECTIONS, min_size=0, command_timeout=QUERY_SECONDS
         )
