@@ -2700,9 +2700,7 @@ class State:
             return
         free = shutil.disk_usage(self.data_dir).free
         if free < ROOM_BYTES + 2 * size:  # once for its log
-            inside = 0
-            if free > ROOM_BYTES / 2:
-                inside = await self.fetchval(SELECT_FREE_BYTES)
+            inside = await self.fetchval(SELECT_FREE_BYTES) if free > ROOM_BYTES / 2 else 0
             if inside < 2 * size + SLICE_BYTES:
                 detail = "The disk of the database is nearly full. Delete recordings, and wait for"
                 raise HTTPException(507, f"{detail} a minute, or have its operator make room.")

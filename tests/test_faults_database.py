@@ -106,6 +106,31 @@ def test_restart_of_postgresql_in_mid_download_is_not_noticed(
         assert downloading.finish() == content
 
 
+def only_health_is_answered(
+    server: Server,
+    user: User,
+    link: str,
+    sending: Sending,
+    downloading: Downloading,
+    times: int = 1,
+) -> None:
+    """Check what becomes without a database of calls, so many of each, and of what has begun."""
+    with ThreadPoolExecutor(30) as threads:
+        calls = [
+            threads.submit(call, server, user, link)
+            for call in CALLS.values()
+            for _ in range(times)
+        ]
+        upload, download = threads.submit(sending.finish), threads.submit(downloading.finish)
+        for each in calls:
+            unavailable(each.result())
+        unavailable(upload.result())
+        with pytest.raises(IncompleteRead):
+            download.result()
+    assert "database" in problem(wait_for(partial(readiness, server, 503)), 503)
+    assert server.http.get("/healthz").status_code == 200
+
+
 @pytest.mark.slow
 def test_only_health_is_answered_while_postgresql_is_down(
     database: Postgres, service: Server, outage: Callable[[str], None]
@@ -116,20 +141,11 @@ def test_only_health_is_answered_while_postgresql_is_down(
         with (
             Sending(service, user, LONG) as sending,
             Downloading(service, link) as downloading,
-            ThreadPoolExecutor() as threads,
         ):
             sending.share(0.5)
             wait_for(lambda: working(service))
             outage("fast")
-            calls = [threads.submit(call, service, user, link) for call in CALLS.values()]
-            upload, download = threads.submit(sending.finish), threads.submit(downloading.finish)
-            for call in calls:
-                unavailable(call.result())
-            unavailable(upload.result())
-            with pytest.raises(IncompleteRead):
-                download.result()
-            assert "database" in problem(wait_for(partial(readiness, service, 503)), 503)
-            assert service.http.get("/healthz").status_code == 200
+            only_health_is_answered(service, user, link, sending, downloading)
         database.start()
         assert wait_for(partial(readiness, service, 200))
         assert service.http.get(link).content == content
@@ -284,25 +300,11 @@ def test_every_request_is_answered_while_postgresql_hangs(database: Postgres) ->
             with (
                 Sending(server, user, LONG) as sending,
                 Downloading(server, link) as downloading,
-                ThreadPoolExecutor(30) as threads,
             ):
                 sending.share(0.5)
                 wait_for(lambda: working(server))
-                with hanging(database):
-                    calls = [
-                        threads.submit(call, server, user, link)
-                        for call in CALLS.values()
-                        for _ in range(4)  # in all, twice as many as there are connections
-                    ]
-                    upload = threads.submit(sending.finish)
-                    download = threads.submit(downloading.finish)
-                    for call in calls:
-                        unavailable(call.result())
-                    unavailable(upload.result())
-                    with pytest.raises(IncompleteRead):
-                        download.result()
-                    assert "database" in problem(wait_for(partial(readiness, server, 503)), 503)
-                    assert server.http.get("/healthz").status_code == 200
+                with hanging(database):  # calls: twice as many as there are connections
+                    only_health_is_answered(server, user, link, sending, downloading, times=4)
             assert wait_for(partial(readiness, server, 200))
             assert server.http.get(link).content == content
         assert server.records(user) == 1
