@@ -42,9 +42,10 @@ def test_uploads_wait_in_turn_for_an_encoder_before_they_are_read(
     user = server.register()
     with busy(server, user) as first, ExitStack() as stack:
         queue = []
-        for _ in range(4):
+        for number in range(1, 5):
             queue.append(stack.enter_context(Waiting(server, user)))
-            settle(server)  # it has come to the queue
+            waiting_now = f"wav_to_mp3_uploads_waiting {number}.0\n"
+            wait(lambda: waiting_now in server.http.get("/metrics").text)  # noqa: B023
         assert not any(waiting.told() for waiting in queue)
         assert first.finish().status == 201
         while queue:
