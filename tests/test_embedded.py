@@ -533,13 +533,8 @@ def test_link_to_a_long_path_that_was_cleaned_away_comes_back(
 
 def test_database_listens_nowhere_else(data_dir: Path) -> None:
     with Host(data_dir):
-        listening = [
-            each
-            for process in named(data_dir, "postgres")
-            for each in process.net_connections("inet")
-            if each.status == psutil.CONN_LISTEN
-        ]
-        assert not listening
+        connections = postmaster(data_dir).net_connections("inet")
+        assert not [each for each in connections if each.status == psutil.CONN_LISTEN]
 
 
 # Hurt
