@@ -1346,7 +1346,7 @@ async def binary_row(recording: Recording, id_record: uuid.UUID, key: str) -> As
     yield head + recording.size.to_bytes(4) + recording.id3
     sha256 = hashlib.sha256(recording.id3)
     for offset in range(0, recording.size - len(recording.id3), COPY_BYTES):
-        data = await asyncio.to_thread(os.pread, recording.mp3.fileno(), COPY_BYTES, offset)
+        data = os.pread(recording.mp3.fileno(), COPY_BYTES, offset)  # in the page cache
         yield data
         sha256.update(data)
     yield sha256.digest_size.to_bytes(4) + sha256.digest() + b"\xff\xff"
@@ -2167,8 +2167,10 @@ class Encoder:
             with suppress(ProcessLookupError, PermissionError):  # macOS: of a group just ended
                 os.killpg(self._process.pid, signal.SIGKILL)
         # A shutdown cancels twice. The first CancelledError, on its way already, has the reason.
-        with self.mp3, self._log, suppress(asyncio.CancelledError):
+        with self._log, suppress(asyncio.CancelledError):
             await self._process.wait()
+        # The answer does not wait until the system has freed what may be 500 MB.
+        asyncio.get_running_loop().run_in_executor(None, self.mp3.close)
 
 
 def verdict(status: int, log: str) -> int:
