@@ -66,7 +66,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime, parsedate_to_datetime
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from hmac import compare_digest
 from http import HTTPStatus
 from importlib.util import find_spec
@@ -156,7 +156,7 @@ class Settings:
     def data_path(self) -> Path:
         return HOME / Path(self.data_dir or "data").expanduser()
 
-    @property
+    @cached_property
     def origins(self) -> tuple[str, ...]:
         return tuple(filter(None, map(str.strip, self.cors_origins.split(","))))
 
@@ -385,7 +385,6 @@ SEND_BYTES = 32 << 10  # handed to the connection at a time: its buffer holds ab
 
 async def download(request: Request) -> Response:
     """Send an MP3, whole or a range of it, slice by slice."""
-    state = await running(request)
     plain = CONDITIONS.isdisjoint(request.headers.keys())
     record = await find(request, ahead=SLICE_BYTES if plain and request.method == "GET" else 0)
     headers = download_headers(request, record)
@@ -407,7 +406,7 @@ async def download(request: Request) -> Response:
     if len(record["head"]) == size:
         meters().download_bytes.inc(size)
         return Response(record["head"], status, headers, "audio/mpeg")
-    return Slices(slices(state, record, part), status, headers, "audio/mpeg")
+    return Slices(slices(await running(request), record, part), status, headers, "audio/mpeg")
 
 
 async def slices(state: State, record: asyncpg.Record, part: range) -> AsyncGenerator[bytes]:
@@ -762,9 +761,10 @@ def refuse_other_origins(request: Request, allowed: tuple[str, ...]) -> None:
 
     Browsers say in Sec-Fetch-Site (W3C Fetch Metadata, section 2.3) where a request comes from.
     """
+    if request.method not in ("POST", "DELETE"):
+        return
     site = request.headers.get("sec-fetch-site", "none")
-    trusted = request.headers.get("origin") in allowed
-    if request.method in ("POST", "DELETE") and site not in ("none", "same-origin") and not trusted:
+    if site not in ("none", "same-origin") and request.headers.get("origin") not in allowed:
         detail = "A page of another origin may change nothing here, unless CORS_ORIGINS names it."
         raise HTTPException(403, detail)
 
@@ -2879,9 +2879,6 @@ class Protocol(H11Protocol):
         super().data_received(data)
         if len(self.conn.trailing_data[0]) > HEAD_BYTES:  # further requests, before an answer
             self.transport.abort()
-
-    def handle_events(self) -> None:
-        super().handle_events()
         self.await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -2890,7 +2887,10 @@ class Protocol(H11Protocol):
             self.head_timer.cancel()
 
     def await_head(self) -> None:
-        """Give a client STALL_SECONDS for a head, from the end of the answer before it."""
+        """Give a client STALL_SECONDS for a head, from its first byte.
+
+        For that byte it has as long on a new connection, and uvicorn's 5 s after an answer.
+        """
         waiting = not self.cycle or self.cycle.response_complete
         if self.head_timer and not waiting:
             self.head_timer.cancel()
@@ -2958,6 +2958,7 @@ async def serve(app: Starlette) -> None:
         settings.port,
         http=Protocol,
         ws="none",
+        server_header=False,  # which would name uvicorn
         lifespan="off",  # run below, so that its end does not depend on how uvicorn takes signals
         h11_max_incomplete_event_size=HEAD_BYTES,
         timeout_graceful_shutdown=GRACE_SECONDS,
