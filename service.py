@@ -1078,6 +1078,9 @@ RETRY_PAUSES = (0.1, 1, 2)  # before another try where the database went away
 COPY_BYTES = 256 << 10  # of an MP3 in memory while it is stored
 
 
+Connection = asyncpg.pool.PoolConnectionProxy
+
+
 async def retried(
     query: Callable[..., Awaitable[T]], pool: asyncpg.Pool[asyncpg.Record], *args: object
 ) -> T:
@@ -1132,8 +1135,8 @@ EXPLAIN DELETE FROM wav_to_mp3.records WHERE id_user = 0;
 CERTIFICATES = {"sslrootcert", "sslcert", "sslkey", "sslcrl"}
 
 
-async def check_url(url: str) -> None:
-    """Find out whether url leads to a database. Raises Misconfigured where it never will."""
+async def first_connection(pool: asyncpg.Pool[asyncpg.Record], url: str) -> Connection:
+    """Return a connection of pool, which is to url. Raises Misconfigured where that never works."""
     try:
         parsed = urlsplit(url)
         if "change-me" in (parsed.password, os.environ.get("PGPASSWORD")):
@@ -1141,14 +1144,12 @@ async def check_url(url: str) -> None:
         for name in CERTIFICATES & parse_qs(parsed.query).keys():
             if not await asyncio.to_thread(os.access, parse_qs(parsed.query)[name][-1], os.R_OK):
                 raise ssl.SSLError(name)
-        connection = await connect(url)
+        return await pool.acquire()
     except tuple(WRONG_URL) as error:
         reason = next(words for kind, words in WRONG_URL.items() if isinstance(error, kind))
         raise Misconfigured(f"DATABASE_URL has to be corrected: {reason}.") from error
-    connection.terminate()
 
 
-Connection = asyncpg.pool.PoolConnectionProxy
 Connect = Callable[..., Coroutine[Any, Any, "asyncpg.Connection[asyncpg.Record]"]]
 
 
@@ -1210,6 +1211,10 @@ def discard(attempt: asyncio.Task[asyncpg.Connection[asyncpg.Record]]) -> None:
         attempt.result().terminate()
 
 
+async def leave_as_is(connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    """Reset nothing: no query here changes a session, and asyncpg would send one more for each."""
+
+
 async def connect_embedded(
     data_dir: Path, starter: Executor, url: str, **options: Any
 ) -> asyncpg.Connection[asyncpg.Record]:
@@ -1224,24 +1229,23 @@ async def connect_embedded(
         return await connect(url, **options)
 
 
-async def apply_schema(pool: asyncpg.Pool[asyncpg.Record]) -> None:
+async def apply_schema(connection: Connection) -> None:
     """Bring the database up to db.sql. Raises Misconfigured where that can never work."""
     try:
         schema = read_beside("db.sql").decode()
     except OSError as error:
         raise Misconfigured(f"db.sql has to be beside {Path(__file__).name}: {error}") from error
-    async with pool.acquire() as connection:
-        if connection.get_server_version().major < POSTGRES_VERSION:
-            needed = f"PostgreSQL {POSTGRES_VERSION} or later"
-            raise Misconfigured(f"DATABASE_URL has to lead to {needed}.")
-        with suppress(asyncpg.InsufficientPrivilegeError):  # an administrator may have applied it
-            await connection.execute(schema, timeout=LONG_SECONDS)
-            return
-        try:
-            await connection.execute(PROBE_SCHEMA)
-        except asyncpg.SyntaxOrAccessError as error:
-            detail = "The database is not set up: let an administrator apply db.sql, which says how"
-            raise Misconfigured(f"{detail}, or let the role create a schema.") from error
+    if connection.get_server_version().major < POSTGRES_VERSION:
+        needed = f"PostgreSQL {POSTGRES_VERSION} or later"
+        raise Misconfigured(f"DATABASE_URL has to lead to {needed}.")
+    with suppress(asyncpg.InsufficientPrivilegeError):  # an administrator may have applied it
+        await connection.execute(schema, timeout=LONG_SECONDS)
+        return
+    try:
+        await connection.execute(PROBE_SCHEMA)
+    except asyncpg.SyntaxOrAccessError as error:
+        detail = "The database is not set up: let an administrator apply db.sql, which says how"
+        raise Misconfigured(f"{detail}, or let the role create a schema.") from error
 
 
 SELECT_KEY = """
@@ -1667,10 +1671,10 @@ EXTENSIBLE_GUID = bytes.fromhex("000000001000800000aa00389b71")  # behind the fo
 # What stands for the size of the audio or the file where a recorder cannot go back to fill it in.
 UNKNOWN_SIZES = {
     *(0, 0xFFFFFFFF),  # most of them
-    *range(0x7FFF0000, 0x80000001),  # sox, GStreamer, lame, arecord
     0xFFFFFF9B,  # npm's wav
     0xFFFFFFD4,  # Praat
 }
+UNKNOWN_RANGE = range(0x7FFF0000, 0x80000001)  # sox, GStreamer, lame, arecord
 
 
 @dataclass(frozen=True)
@@ -1744,9 +1748,13 @@ def declared_size(head: bytes, start: int, size: int) -> int | None:
 
     No bytes are meant where the file, whose size is filled in, goes on behind them.
     """
-    whole = 8 + int.from_bytes(head[4:8], "little")
-    goes_on = whole - 8 not in UNKNOWN_SIZES and whole > start
-    return size if size not in UNKNOWN_SIZES or (size == 0 and goes_on) else None
+    riff = int.from_bytes(head[4:8], "little")
+    goes_on = is_filled_in(riff) and 8 + riff > start
+    return size if is_filled_in(size) or (size == 0 and goes_on) else None
+
+
+def is_filled_in(size: int) -> bool:
+    return size not in UNKNOWN_SIZES and size not in UNKNOWN_RANGE
 
 
 def checked_format(
@@ -2574,7 +2582,22 @@ def obstacle(error: Exception) -> str:
 async def open_state(app: Starlette, stack: AsyncExitStack) -> State:
     """Return what app holds while it runs, of which stack takes down what is not the host's."""
     settings: Settings = app.state.settings
-    ffmpeg = await asyncio.to_thread(find_ffmpeg, settings.ffmpeg)
+    finding = asyncio.create_task(asyncio.to_thread(find_ffmpeg, settings.ffmpeg))
+    try:
+        pool, connect_to, data_dir = await open_pool(app, stack)
+    finally:
+        ffmpeg = await finding
+    return State(settings, pool, connect_to, ffmpeg, data_dir, stack.pop_all())
+
+
+async def open_pool(
+    app: Starlette, stack: AsyncExitStack
+) -> tuple[asyncpg.Pool[asyncpg.Record], Connect, Path | None]:
+    """Return connections to a database that is up to db.sql, and what makes one by itself.
+
+    With them comes the directory of the embedded PostgreSQL, where that is used.
+    """
+    settings: Settings = app.state.settings
     pool, url, data_dir = app.state.pool, settings.database_url, None
     connect_to: Connect = connect
     if not pool:
@@ -2587,15 +2610,23 @@ async def open_state(app: Starlette, stack: AsyncExitStack) -> State:
             url = await asyncio.to_thread(postgres.__enter__)
             stack.push_async_callback(asyncio.to_thread, postgres.__exit__, None, None, None)
             logger.info("Embedded PostgreSQL keeps its data in %s", data_dir)
-        await check_url(url)
         pool = asyncpg.create_pool(
-            url, connect=connect_to, max_size=CONNECTIONS, min_size=0, command_timeout=QUERY_SECONDS
+            url,
+            connect=connect_to,
+            max_size=CONNECTIONS,
+            min_size=0,
+            command_timeout=QUERY_SECONDS,
+            reset=leave_as_is,
         )
         stack.callback(pool.terminate)
         await pool
-    await apply_schema(pool)
-    connect_to = partial(connect_to, url)
-    return State(settings, pool, connect_to, ffmpeg, data_dir, stack.pop_all())
+    lent = app.state.pool is not None
+    connection = await (pool.acquire() if lent else first_connection(pool, url))
+    try:
+        await apply_schema(connection)
+    finally:
+        await pool.release(connection)
+    return pool, partial(connect_to, url), data_dir
 
 
 def find_ffmpeg(named: str) -> str:
@@ -2823,34 +2854,45 @@ async def lacking(app: Starlette) -> str:
 
 async def look(app: Starlette) -> str:
     """Return what keeps app from working at this moment."""
-    reason = "The database does not answer."
+    looks = {
+        asyncio.create_task(look_at_database(app)): "The database does not answer.",
+        asyncio.create_task(look_at_ffmpeg(app)): "ffmpeg does not run.",
+    }
+    await asyncio.wait(looks, timeout=READY_SECONDS)
+    for task in looks:
+        task.cancel()  # not awaited: asyncpg would wait for a database that hangs
+    return next(filter(None, (t.result() if t.done() else why for t, why in looks.items())), "")
 
-    async def check() -> None:
-        nonlocal reason
-        try:
-            state = await asyncio.shield(starting(app))
-            question = "SHOW transaction_read_only"
-            if app.state.pool:
-                read_only = await state.pool.fetchval(question)
-            else:  # not through the pool, which may just be busy
-                connection = await state.connect()
-                try:
-                    read_only = await connection.fetchval(question)
-                finally:
-                    connection.terminate()
-            if read_only == "on":
-                raise asyncpg.ReadOnlySQLTransactionError
-        except Exception as error:
-            reason = obstacle(error)
-            raise
-        reason = "ffmpeg does not run."
+
+async def look_at_database(app: Starlette) -> str:
+    """Return what keeps its database from taking what is to be stored."""
+    try:
+        state = await asyncio.shield(starting(app))
+        question = "SHOW transaction_read_only"
+        if app.state.pool:
+            read_only = await state.pool.fetchval(question)
+        else:  # not through the pool, which may just be busy
+            connection = await state.connect()
+            try:
+                read_only = await connection.fetchval(question)
+            finally:
+                connection.terminate()
+        if read_only == "on":
+            raise asyncpg.ReadOnlySQLTransactionError
+    except Exception as error:
+        return obstacle(error)
+    return ""
+
+
+async def look_at_ffmpeg(app: Starlette) -> str:
+    """Return that it does not run, where it does not."""
+    try:
+        state = await asyncio.shield(starting(app))
         version = partial(run, (state.ffmpeg, "-version"), timeout=READY_SECONDS, check=True)
         await asyncio.to_thread(version, stdout=DEVNULL, stderr=DEVNULL)
-
-    checking = asyncio.create_task(check())
-    done, _ = await asyncio.wait({checking}, timeout=READY_SECONDS)
-    checking.cancel()  # not awaited: asyncpg would wait for a database that hangs
-    return reason if not done or checking.exception() else ""
+    except Exception:
+        return "ffmpeg does not run."
+    return ""
 
 
 # Standalone server --------------------------------------------------------------------------------
