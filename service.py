@@ -2502,8 +2502,8 @@ READY_SECONDS = 1.5  # for /readyz to find out, before those who ask lose patien
 async def lifespan(app: Starlette) -> AsyncGenerator[None]:
     """Keep app running while the context lasts. It also serves while its database does not."""
     trying = asyncio.create_task(keep_trying(app))
-    await asyncio.wait({starting(app)}, timeout=START_SECONDS)
     try:
+        await asyncio.wait({starting(app)}, timeout=START_SECONDS)
         yield
     finally:
         trying.cancel()

@@ -1,12 +1,15 @@
 """The service is ended."""
 
+import asyncio
 import os
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
+import psutil
 import pytest
 
 from load import Load
+from service import create_app, lifespan
 from store import store_large
 from support import Postgres, wait_for
 from wav import LONG
@@ -121,3 +124,24 @@ def test_second_signal_ends_the_service_at_once(database: Postgres, sent: signal
             wait_for(lambda: "Waiting for connections" in server.log)
             server.stop(sent)
         assert server.records(user) == 0
+
+
+def test_start_that_is_cancelled_is_taken_down(database: Postgres) -> None:
+    """At any moment, as Ctrl-C does."""
+    app = create_app(database_url=database.create_database())
+
+    async def run() -> None:
+        async with lifespan(app):
+            await asyncio.Event().wait()
+
+    async def cancel_after(seconds: float) -> None:
+        running = asyncio.create_task(run())
+        await asyncio.sleep(seconds)
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+        assert app.state.starting is None
+        assert not [each for each in psutil.Process().children() if "ffmpeg" in each.name()]
+
+    for milliseconds in range(0, 60, 2):
+        asyncio.run(cancel_after(milliseconds / 1000))
