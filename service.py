@@ -1120,6 +1120,7 @@ WRONG_URL: dict[type[Exception], str] = {
     ssl.SSLError: "the server's certificate, or one that it names, cannot be used",
     PermissionError: "this user may not use its socket",
     ValueError: "it is malformed",  # asyncpg's errors of this kind too
+    OverflowError: "its port is out of range",
 }
 
 

@@ -388,6 +388,7 @@ ADDRESSES: dict[str, Callable[[str], str]] = {
     "no such role": lambda url: url.replace("postgres@", "nobody@"),
     "wrong password": lambda url: url.replace("postgres@", f"guarded:{SECRET}@"),
     "no port": lambda url: url.replace("@/", "@localhost:port/"),
+    "port out of range": lambda url: "postgresql://postgres@127.0.0.1:99999/x",
     "password that is taken for a port": lambda url: f"postgresql://Bob:{SECRET}/1@localhost/x",
     "unknown scheme": lambda url: url.replace("postgresql:", "mysql:"),
     "no URL": lambda url: "localhost",
