@@ -82,7 +82,6 @@ from weakref import WeakSet
 import anyio
 import asyncpg
 import uvicorn
-from imageio_ffmpeg import get_ffmpeg_exe
 from platformdirs import user_data_path
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, Info, generate_latest
 from python_multipart.exceptions import FormParserError
@@ -1077,7 +1076,6 @@ POSTGRES_VERSION = 16  # the first one with STORAGE in CREATE TABLE
 RETRY_PAUSES = (0.1, 1, 2)  # before another try where the database went away
 COPY_BYTES = 256 << 10  # of an MP3 in memory while it is stored
 
-
 Connection = asyncpg.pool.PoolConnectionProxy
 
 
@@ -1137,7 +1135,10 @@ CERTIFICATES = {"sslrootcert", "sslcert", "sslkey", "sslcrl"}
 
 
 async def first_connection(pool: asyncpg.Pool[asyncpg.Record], url: str) -> Connection:
-    """Return a connection of pool, which is to url. Raises Misconfigured where that never works."""
+    """Return a connection of pool, whose database is at url.
+
+    Raises Misconfigured where url can never work.
+    """
     try:
         parsed = urlsplit(url)
         if "change-me" in (parsed.password, os.environ.get("PGPASSWORD")):
@@ -1213,7 +1214,10 @@ def discard(attempt: asyncio.Task[asyncpg.Connection[asyncpg.Record]]) -> None:
 
 
 async def leave_as_is(connection: asyncpg.Connection[asyncpg.Record]) -> None:
-    """Reset nothing: no query here changes a session, and asyncpg would send one more for each."""
+    """Reset nothing but a transaction, as asyncpg does before: no query here changes a session.
+
+    asyncpg's own reset is one more query for each.
+    """
 
 
 async def connect_embedded(
@@ -2584,25 +2588,12 @@ def obstacle(error: Exception) -> str:
 async def open_state(app: Starlette, stack: AsyncExitStack) -> State:
     """Return what app holds while it runs, of which stack takes down what is not the host's."""
     settings: Settings = app.state.settings
-    finding = asyncio.create_task(asyncio.to_thread(find_ffmpeg, settings.ffmpeg))
-    try:
-        pool, connect_to, data_dir = await open_pool(app, stack)
-    finally:
-        ffmpeg = await finding
-    return State(settings, pool, connect_to, ffmpeg, data_dir, stack.pop_all())
-
-
-async def open_pool(
-    app: Starlette, stack: AsyncExitStack
-) -> tuple[asyncpg.Pool[asyncpg.Record], Connect, Path | None]:
-    """Return connections to a database that is up to db.sql, and what makes one by itself.
-
-    With them comes the directory of the embedded PostgreSQL, where that is used.
-    """
-    settings: Settings = app.state.settings
+    ffmpeg = await asyncio.to_thread(find_ffmpeg, settings.ffmpeg)
     pool, url, data_dir = app.state.pool, settings.database_url, None
     connect_to: Connect = connect
-    if not pool:
+    if pool:
+        connection = await pool.acquire()
+    else:
         if not url:
             data_dir = settings.data_path
             starter = ThreadPoolExecutor(1)  # one may take long, and the others are for others
@@ -2621,26 +2612,29 @@ async def open_pool(
             reset=leave_as_is,
         )
         stack.callback(pool.terminate)
-        await pool
-    lent = app.state.pool is not None
-    connection = await (pool.acquire() if lent else first_connection(pool, url))
+        connection = await first_connection(await pool, url)
     try:
         await apply_schema(connection)
     finally:
         await pool.release(connection)
-    return pool, partial(connect_to, url), data_dir
+    connect_to = partial(connect_to, url)
+    return State(settings, pool, connect_to, ffmpeg, data_dir, stack.pop_all())
 
 
 def find_ffmpeg(named: str) -> str:
     """Return the path of ffmpeg. Raises Misconfigured for want of it, or of a place for files."""
     try:
         gettempdir()
-        ffmpeg = named or get_ffmpeg_exe()
     except FileNotFoundError as error:
         raise Misconfigured("There is no temporary directory: set TMPDIR.") from error
-    except RuntimeError as error:
-        raise Misconfigured("There is no ffmpeg: set FFMPEG, or install one.") from error
-    return shutil.which(ffmpeg) or ffmpeg  # looked up now, since it runs without a PATH
+    # Importing the wheel, and asking it, would run its ffmpeg first.
+    wheel = find_spec("imageio_ffmpeg")
+    own = Path(wheel.origin).parent.glob("binaries/ffmpeg-*") if wheel and wheel.origin else ()
+    candidates = [named] if named else [*map(str, own), "ffmpeg"]
+    ffmpeg = next(filter(None, map(shutil.which, candidates)), named)
+    if not ffmpeg:
+        raise Misconfigured("There is no ffmpeg: set FFMPEG, or install one.")
+    return ffmpeg  # looked up now, since it runs without a PATH
 
 
 SELECT_KEPT_BYTES = """
@@ -2863,11 +2857,12 @@ async def look(app: Starlette) -> str:
     await asyncio.wait(looks, timeout=READY_SECONDS)
     for task in looks:
         task.cancel()  # not awaited: asyncpg would wait for a database that hangs
-    return next(filter(None, (t.result() if t.done() else why for t, why in looks.items())), "")
+    reasons = (task.result() if task.done() else silence for task, silence in looks.items())
+    return next(filter(None, reasons), "")
 
 
 async def look_at_database(app: Starlette) -> str:
-    """Return what keeps its database from taking what is to be stored."""
+    """Return what is wrong with the database, nothing where it takes what is to be stored."""
     try:
         state = await asyncio.shield(starting(app))
         question = "SHOW transaction_read_only"
@@ -2887,7 +2882,7 @@ async def look_at_database(app: Starlette) -> str:
 
 
 async def look_at_ffmpeg(app: Starlette) -> str:
-    """Return that it does not run, where it does not."""
+    """Return what is wrong with ffmpeg, nothing where it runs."""
     try:
         state = await asyncio.shield(starting(app))
         version = partial(run, (state.ffmpeg, "-version"), timeout=READY_SECONDS, check=True)
@@ -2931,9 +2926,9 @@ class Protocol(H11Protocol):
             self.head_timer.cancel()
 
     def await_head(self) -> None:
-        """Give a client STALL_SECONDS for a head, from its first byte.
+        """Give a client STALL_SECONDS for a head, from the connection on or from its first byte.
 
-        For that byte it has as long on a new connection, and uvicorn's 5 s after an answer.
+        After an answer uvicorn waits 5 s for that byte, also where it is there already.
         """
         waiting = not self.cycle or self.cycle.response_complete
         if self.head_timer and not waiting:

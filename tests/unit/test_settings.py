@@ -1,12 +1,13 @@
 """What may be set, and where from."""
 
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import service
-from service import Settings, create_app, read_settings
+from service import Misconfigured, Settings, create_app, find_ffmpeg, read_settings
 from support import SETTINGS
 
 NUMBERS = {each.name: each.metadata["allowed"] for each in fields(Settings) if each.type == "int"}
@@ -80,6 +81,27 @@ def test_data_are_kept_beside_the_service_or_where_said(
     monkeypatch.setenv("HOME", "/home/bob")
     path = path.replace("HERE", str(nothing_set)).replace("HOME", "/home/bob")
     assert str(Settings(data_dir=data_dir).data_path) == path
+
+
+def test_ffmpeg_is_the_named_one_else_the_wheels_else_that_on_the_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wheel, path = tmp_path / "imageio_ffmpeg", tmp_path / "bin"
+    for directory in (path, wheel / "binaries"):
+        directory.mkdir(parents=True)
+    (wheel / "__init__.py").touch()
+    (wheel / "binaries" / "README.md").touch()
+    monkeypatch.delitem(sys.modules, wheel.name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", str(path))
+    with pytest.raises(Misconfigured, match="FFMPEG"):
+        find_ffmpeg("")
+    (wheel / "binaries" / "ffmpeg-any").touch(0o644)  # which cannot be run
+    (path / "ffmpeg").touch(0o755)
+    assert find_ffmpeg("") == find_ffmpeg("ffmpeg") == str(path / "ffmpeg")
+    (wheel / "binaries" / "ffmpeg-any").chmod(0o755)
+    assert find_ffmpeg("") == str(wheel / "binaries" / "ffmpeg-any")
+    assert find_ffmpeg("/which/comes/later") == "/which/comes/later"
 
 
 def test_app_is_made_when_it_is_asked_for() -> None:
