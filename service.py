@@ -81,6 +81,7 @@ from weakref import WeakSet
 
 import anyio
 import asyncpg
+import h11
 import uvicorn
 from platformdirs import user_data_path
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, Info, generate_latest
@@ -2919,6 +2920,12 @@ class Protocol(H11Protocol):
         if len(self.conn.trailing_data[0]) > HEAD_BYTES:  # further requests, before an answer
             self.transport.abort()
         self.await_head()
+
+    def send_400_response(self, msg: str) -> None:
+        try:
+            super().send_400_response(msg)
+        except h11.LocalProtocolError:  # it is too late for this answer: there is one already
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

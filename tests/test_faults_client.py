@@ -123,8 +123,15 @@ def test_request_head_that_does_not_arrive_is_cut_off(impatient: Server) -> None
             cut_off(wire)
 
 
-@pytest.mark.parametrize("headers, rest", [({}, b"\r\n"), ({"Content-Length": "9"}, b"1")])
-def test_connection_on_which_nothing_more_comes_is_cut_off(
+@pytest.mark.parametrize(
+    "headers, rest",
+    [
+        ({}, b"\r\n"),
+        ({"Content-Length": "9"}, b"1"),
+        ({"Transfer-Encoding": "chunked"}, b"no chunk\r\n"),
+    ],
+)
+def test_connection_on_which_no_other_request_comes_is_cut_off(
     impatient: Server, headers: dict[str, str], rest: bytes
 ) -> None:
     with recovery(impatient), Wire(impatient) as wire:
