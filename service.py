@@ -1782,11 +1782,6 @@ def checked_format(
     width = (bits + 7) // 8  # samples fill the upper bits of it
     if tag in LINEAR:
         block = block or channels * width  # some leave it out
-        sound = channels and width in LINEAR[tag] and block == channels * width
-    elif tag == GSM:
-        sound = channels == 1 and block and block % 65 == 0
-    else:
-        sound = channels in (1, 2) and bits == 4 and block >= 7 * channels
     header = WavHeader(
         format_tag=tag,
         channels=channels,
@@ -1800,7 +1795,7 @@ def checked_format(
     )
     if tag == 1 and bits == 64:
         raise HTTPException(422, "The WAV has integers of 64 bits. Up to 32 bits are taken.")
-    if not sound or header.block_samples > 0xFFFF:  # which ffmpeg's header has to name
+    if not is_consistent(header):
         blocks = f"{channels} channels of {bits} bits in blocks of {block} bytes"
         raise HTTPException(422, f"The WAV header contradicts itself: {blocks}.")
     if channels > max(SPEAKERS):
@@ -1809,6 +1804,19 @@ def checked_format(
     if rate not in SAMPLE_RATES:
         raise HTTPException(422, f"The WAV has an impossible sample rate: {rate} Hz.")
     return header
+
+
+def is_consistent(header: WavHeader) -> bool:
+    """Say whether format, channels, bits and blocks go together."""
+    channels, bits, block = header.channels, header.bits, header.block
+    if header.format_tag in LINEAR:
+        width = bits // 8
+        fits = channels > 0 and width in LINEAR[header.format_tag] and block == channels * width
+    elif header.format_tag == GSM:
+        fits = channels == 1 and block > 0 and block % 65 == 0
+    else:
+        fits = channels in (1, 2) and bits == 4 and block >= 7 * channels
+    return fits and header.block_samples <= 0xFFFF  # which ffmpeg's header has to name
 
 
 def plain_wav_header(header: WavHeader) -> bytes:
